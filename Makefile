@@ -1,0 +1,46 @@
+# `make lab` opens the first lesson; `make test` proves that everything works. Both set up what they need, once.
+#
+# PYTHON   the interpreter to start from (3.11 or newer)
+# PIP_ARGS further arguments for pip, for example the index of PyTorch's CPU-only builds (see the README)
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+LAB_STAMP := $(VENV)/.lab-is-installed
+TEST_STAMP := $(VENV)/.test-is-installed
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.PHONY: lab test lint notebooks clean
+
+lab: $(LAB_STAMP)
+	$(BIN)/moe-edu lab
+
+test: $(TEST_STAMP) lint
+	$(BIN)/python -m pytest
+
+lint: $(TEST_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Runs every notebook from top to bottom and saves it with its outputs, without widget state.
+notebooks: $(TEST_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --inplace --execute \
+	  --ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "moe_edu needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(LAB_STAMP): $(BIN)/python $(REQUIREMENTS)
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e ".[lab]"
+	touch $@
+
+$(TEST_STAMP): $(BIN)/python $(REQUIREMENTS)
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e ".[lab,test]"
+	touch $@ $(LAB_STAMP)
