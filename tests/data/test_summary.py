@@ -1,0 +1,20 @@
+from moe_edu.data.corpus import make_corpus
+from moe_edu.data.summary import corpus_summary, count_kinds
+
+
+def test_the_summary_counts_what_is_there():
+    rows = [
+        ["train", "unit", "one two", "un"],
+        ["train", "date", "three", ""],
+        ["valid", "date", "four", "quatre"],
+    ]
+    corpus = make_corpus("small", ("eng_Latn", "fra_Latn"), [*rows, ["test", "date", "five", "cinq"]])
+    assert count_kinds(corpus) == {"unit": 1, "date": 3}
+    first, _, train, valid, test, kinds, languages = corpus_summary(corpus).splitlines()
+    assert first == "corpus small: 2 languages, 1 scripts, 1 families"
+    # Three sentences, a quarter of the cells is missing, 4 words and 14 characters in all.
+    assert train.split()[:6] == ["train", "2", "3", "25.0%", "1.3", "4.7"]
+    assert valid.split()[:4] == ["valid", "1", "2", "0.0%"]
+    assert test.split()[:4] == ["test", "1", "2", "0.0%"]
+    assert kinds == "meanings by kind: unit 1, date 3"
+    assert languages == "languages: eng_Latn (English), fra_Latn (French)"
