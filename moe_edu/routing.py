@@ -1,0 +1,296 @@
+"""The router: which two experts each token chooses, and which choices find room.
+
+Shapes: T tokens (B * S, batch-major), E experts, K = 2 choices a token, C slots in each expert.
+Source: GShard (Lepikhin et al. 2020, algorithm 1) as NLLB-MoE runs it (NLLB Team 2022, section 6.2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_edu.config import MoEConfig, SecondExpertPolicy
+
+
+@dataclass(frozen=True, eq=False)
+class RouterOutput:
+    """What one router decided. A value: nothing in it changes afterwards.
+
+    Attributes:
+        logits: `[T, E]`, router dtype; raw scores, before any noise.
+        probs: `[T, E]`, softmax of `logits`.
+        expert_index: `[T, K]` int64; the first and second choice, -1 where the token made no such choice
+            (padding, a second choice that policy "random" rejected, a single expert).
+        combine_weights: `[T, K]`; the gate of each choice, 0 where it was dropped. Rows sum to 1 or 0 when
+            gates are normalised after dropping, to at most 1 when before.
+        position: `[T, K]` int64; place in the chosen expert's queue from 0, -1 where there was no choice.
+            A place at or beyond `capacity` means that the choice was dropped.
+        kept: `[T, K]` bool; the choice was made and found room.
+        capacity: slots in each expert, C.
+        padding: `[T]` bool, True where padded; None when nothing was padded.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    expert_index: Tensor
+    combine_weights: Tensor
+    position: Tensor
+    kept: Tensor
+    capacity: int
+    padding: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.logits.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits.shape[1]
+
+    def combine_matrix(self) -> Tensor:
+        """The gates as a dense `[T, E]` matrix: row t mixes the outputs of token t's experts."""
+        # A choice that was not made points to expert 0 with weight 0, and adds nothing.
+        index = self.expert_index.clamp(min=0)
+        return torch.zeros_like(self.probs).scatter_add(1, index, self.combine_weights)
+
+    def dispatch_mask(self) -> Tensor:
+        """GShard's dense dispatch `[T, E, C]` bool: token t sits in slot c of expert e."""
+        token, choice = self.kept.nonzero(as_tuple=True)
+        mask = self.kept.new_zeros(self.num_tokens, self.num_experts, self.capacity)
+        mask[token, self.expert_index[token, choice], self.position[token, choice]] = True
+        return mask
+
+
+def expert_capacity(num_tokens: int, config: MoEConfig, training: bool) -> int:
+    """Slots in each expert for a batch of `num_tokens` tokens (B * S, pads included).
+
+    Training: `config.expert_capacity` where set, else `2 * ceil(T / E)` times the capacity factor. Eval:
+    `ceil(fraction * T)` where `config.moe_eval_capacity_token_fraction` is positive, else as in training.
+    Source: fairseq, NLLB branch, `fairseq/modules/moe/top2gate.py`.
+    """
+    if not training and config.moe_eval_capacity_token_fraction > 0:
+        return math.ceil(config.moe_eval_capacity_token_fraction * num_tokens)
+    if config.expert_capacity is not None:
+        return config.expert_capacity
+    return math.ceil(config.expert_capacity_factor * 2 * math.ceil(num_tokens / config.num_experts))
+
+
+def top2_gating(
+    logits: Tensor,
+    *,
+    capacity: int,
+    second_expert_policy: SecondExpertPolicy = "all",
+    normalize_before_dropping: bool = False,
+    batch_prioritized: bool = False,
+    padding: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> RouterOutput:
+    """Choose two experts a token and seat the choices.
+
+    Args:
+        logits: `[T, E]` floating; never changed.
+        capacity: slots in each expert, at least 0.
+        second_expert_policy: "all" takes the runner-up; "sampling" adds Gumbel noise to the logits, which
+            samples the runner-up from the softmax without the first choice; "random" keeps the runner-up only
+            if `2 * p2 > U(0, 1)` (GShard).
+        normalize_before_dropping: gates are `p_i / (p1 + p2)` whatever happens next: a choice that is
+            dropped, or rejected by "random", loses its share. Otherwise gates are divided by the kept
+            choices' sum, so that a lone survivor gets 1.
+        batch_prioritized: queue by descending top probability instead of by place in the batch
+            (Riquelme et al. 2021).
+        padding: `[T]` bool, True where padded. Pads choose nobody and take no slot.
+        generator: source of the noise for "sampling" and "random".
+
+    Returns:
+        RouterOutput in the dtype of `logits`.
+
+    Raises:
+        ValueError: a wrong shape or dtype, a negative capacity, an unknown policy.
+    """
+    _check_gating_arguments(logits, capacity, second_expert_policy, padding)
+    probs = torch.softmax(logits, dim=-1)
+    favourites = _choose(logits, probs, second_expert_policy, generator)
+    expert_index = favourites
+    if second_expert_policy == "random":
+        expert_index = _give_up_unlikely(favourites, probs, generator)
+    if padding is not None:
+        expert_index = expert_index.masked_fill(padding[:, None], -1)
+
+    order = None
+    if batch_prioritized:
+        order = torch.argsort(probs.amax(dim=1), descending=True, stable=True)
+    position = queue_positions(expert_index, logits.shape[1], order)
+    kept = (expert_index >= 0) & (position < capacity)
+
+    if normalize_before_dropping:
+        choice_probs = probs.gather(1, favourites.clamp(min=0)) * (favourites >= 0)  # [T, K]
+        total = choice_probs.sum(dim=1, keepdim=True).clamp(min=torch.finfo(probs.dtype).eps)
+        weights = choice_probs * kept / total
+    else:
+        # p_i over the kept choices' sum, as a softmax: exact even where a lone survivor's p_i underflows.
+        choice_logits = logits.gather(1, expert_index.clamp(min=0))
+        survivors = choice_logits.masked_fill(~kept, torch.finfo(logits.dtype).min)
+        weights = torch.softmax(survivors, dim=1) * kept
+    return RouterOutput(
+        logits=logits,
+        probs=probs,
+        expert_index=expert_index,
+        combine_weights=weights,
+        position=position,
+        kept=kept,
+        capacity=capacity,
+        padding=padding,
+    )
+
+
+def queue_positions(expert_index: Tensor, num_experts: int, order: Tensor | None = None) -> Tensor:
+    """Each choice's place in its expert's queue.
+
+    All first choices queue before any second choice, and the second choices start behind *all* first choices,
+    even those that will find no room.
+
+    Args:
+        expert_index: `[T, K]` int64, -1 where no choice was made.
+        num_experts: E.
+        order: `[T]` int64, the tokens in queueing order; None for the order of the batch.
+
+    Returns:
+        `[T, K]` int64, -1 where no choice was made.
+    """
+    T, K = expert_index.shape
+    queue = expert_index if order is None else expert_index[order]
+    line = queue.T.reshape(-1)  # [K * T]: first choices, then second choices
+    # A stable sort by expert puts each queue side by side in order of arrival. Choices that were not made
+    # wait in a queue of their own, behind the last expert's.
+    expert, arrival = line.where(line >= 0, num_experts).sort(stable=True)
+    lengths = count_per_expert(line, num_experts)
+    start = F.pad(lengths.cumsum(0), (1, 0))  # [E + 1]
+    place = torch.arange(K * T, device=line.device) - start[expert]
+    place = torch.empty_like(place).scatter_(0, arrival, place.where(expert < num_experts, -1))
+    place = place.reshape(K, T).T
+    if order is None:
+        return place
+    return torch.empty_like(place).index_copy_(0, order, place)
+
+
+def count_per_expert(expert_index: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs in `expert_index` (any shape; -1 counts for nobody): `[E]` int64.
+
+    `torch.bincount` would synchronise with the device to size its result.
+    """
+    flat = expert_index.reshape(-1)
+    counts = flat.new_zeros(num_experts + 1)
+    return counts.scatter_add_(0, flat.where(flat >= 0, num_experts), torch.ones_like(flat))[:num_experts]
+
+
+class Top2Router(nn.Module):
+    """The router of one sparse layer: a linear map from hidden states to expert logits, then `top2_gating`.
+
+    The state dict holds `classifier.weight [E, D]` (and `classifier.bias [E]` if `config.router_bias`), as in
+    `transformers`' `NllbMoeTop2Router`.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype: torch.dtype = getattr(torch, config.router_dtype)
+        self.classifier = nn.Linear(config.d_model, config.num_experts, bias=config.router_bias)
+
+    def forward(
+        self, hidden: Tensor, padding_mask: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> RouterOutput:
+        """Route `hidden [B, S, D]`; `padding_mask [B, S]` bool, True where padded.
+
+        Raises:
+            ValueError: `hidden` is not `[B, S, D]`, or the mask is of another shape or dtype.
+        """
+        if hidden.ndim != 3 or hidden.shape[-1] != self.config.d_model:
+            raise ValueError(f"hidden must be [B, S, {self.config.d_model}]; got {list(hidden.shape)}")
+        check_padding_mask(padding_mask, hidden.shape[:2])
+        config = self.config
+        T = hidden.shape[0] * hidden.shape[1]
+        policy = config.second_expert_policy
+        if not (self.training or config.sample_in_eval):
+            policy = "all"
+        if config.router_ignore_padding_tokens:
+            padding_mask = None
+        return top2_gating(
+            self._logits(hidden.flatten(0, 1)),
+            capacity=expert_capacity(T, config, self.training),
+            second_expert_policy=policy,
+            normalize_before_dropping=config.normalize_router_prob_before_dropping,
+            batch_prioritized=config.batch_prioritized_routing,
+            padding=None if padding_mask is None else padding_mask.flatten(),
+            generator=generator,
+        )
+
+    def _logits(self, hidden_TD: Tensor) -> Tensor:
+        # Autocast would run the product in half precision, whatever the dtypes of its inputs.
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            bias = self.classifier.bias
+            return F.linear(
+                hidden_TD.to(self.dtype),
+                self.classifier.weight.to(self.dtype),
+                None if bias is None else bias.to(self.dtype),
+            )
+
+
+def check_padding_mask(padding_mask: Tensor | None, shape: tuple[int, ...] | torch.Size) -> None:
+    """Refuse a mask that would be read the wrong way round.
+
+    Raises:
+        ValueError: `padding_mask` is neither None nor a bool tensor of `shape`.
+    """
+    if padding_mask is None:
+        return
+    if padding_mask.dtype != torch.bool:
+        raise ValueError(
+            f"padding_mask must be bool, True where padded; got {padding_mask.dtype}. "
+            "From an attention mask (1 for words) make it with `attention_mask == 0`."
+        )
+    if padding_mask.shape != torch.Size(shape):
+        raise ValueError(f"padding_mask must be {list(shape)}; got {list(padding_mask.shape)}")
+
+
+def _check_gating_arguments(logits: Tensor, capacity: int, policy: str, padding: Tensor | None) -> None:
+    if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] < 1:
+        raise ValueError(f"logits must be floating [T, E]; got {logits.dtype} {list(logits.shape)}")
+    if capacity < 0:
+        raise ValueError(f"capacity must be at least 0; got {capacity}")
+    if policy not in ("all", "sampling", "random"):
+        raise ValueError(f"second_expert_policy must be all, sampling or random; got {policy!r}")
+    check_padding_mask(padding, logits.shape[:1])
+
+
+def _choose(
+    logits: Tensor, probs: Tensor, policy: SecondExpertPolicy, generator: torch.Generator | None
+) -> Tensor:
+    """`[T, 2]` int64: the first choice, and the best other expert (-1 where there is none)."""
+    first = probs.argmax(dim=1, keepdim=True)
+    if logits.shape[1] == 1:
+        return torch.cat([first, torch.full_like(first, -1)], dim=1)
+    scores = logits.detach()
+    if policy == "sampling":
+        scores = scores + _gumbel_like(scores, generator)
+    second = scores.scatter(1, first, -torch.inf).argmax(dim=1, keepdim=True)
+    # Where every other logit is -inf, argmax falls back to index 0, which may be the first choice again.
+    second = second.where(second != first, (first + 1) % logits.shape[1])
+    return torch.cat([first, second], dim=1)
+
+
+def _give_up_unlikely(expert_index: Tensor, probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Keep a second choice of probability p2 only if `2 * p2 > U(0, 1)`."""
+    first, second = expert_index.split(1, dim=1)
+    p2 = probs.detach().gather(1, second.clamp(min=0))
+    uniform = torch.rand(p2.shape, generator=generator, device=p2.device, dtype=p2.dtype)
+    return torch.cat([first, second.where(2 * p2 > uniform, -1)], dim=1)
+
+
+def _gumbel_like(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Gumbel(0, 1) noise: minus the logarithm of an exponential variate."""
+    noise = torch.empty_like(scores).exponential_(generator=generator)
+    return -noise.log()
