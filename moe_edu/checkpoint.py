@@ -148,7 +148,7 @@ def read_checkpoint(directory: str | Path) -> tuple[MoEConfig, dict[str, Tensor]
     path = directory / "model.safetensors"
     if not path.is_file():
         raise CheckpointError(
-            f"no checkpoint at {path}: train one with `moe-edu train --output {directory}`, "
+            f"no checkpoint at {path}: train one with `moe-edu train --out {directory}`, "
             "or leave the path out for the model that ships with the package"
         )
     try:

@@ -10,13 +10,22 @@ from moe_edu.model import MoETranslator
 START, PAD, EOS = 2, 1, 2
 
 
-def make_model(config, seed: int = 0) -> MoETranslator:
-    """Large weights and small embeddings: otherwise one token repeats, whatever the source."""
+def make_model(config, seed: int = 0, end: float = 0.15) -> MoETranslator:
+    """Large weights and small embeddings, or one token would repeat, whatever the source.
+
+    Element 0 of the last hidden state is always about 10, which makes padding impossible and adds `10 * end` to the
+    score of `</s>`.
+    """
     torch.manual_seed(seed)
     model = MoETranslator(config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3 if name == "shared.weight" else 1.0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3 if name == "shared.weight" else 1.0)
+        model.decoder.layer_norm.bias[0] = 10.0
+        model.shared.weight[:, 0] = 0.0
+        model.shared.weight[PAD, 0] = -10.0
+        model.shared.weight[EOS, 0] = end
     return model
 
 
@@ -48,25 +57,25 @@ def test_greedy_is_the_argmax_of_each_step_and_batching_changes_nothing(tiny_con
     assert generated.tolist() == [row + [PAD] * (length - len(row)) for row in expected]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("forced", [None, 4])
-def test_a_beam_wide_enough_finds_the_best_of_all_translations(tiny_config, seed, forced):
-    """Every translation of at most three tokens is scored one by one."""
-    V, longest = 5, 3
-    model = make_model(tiny_config(vocab_size=V), seed)
+@pytest.mark.parametrize("end", [-1.0, -0.2, 0.0])
+def test_a_beam_wide_enough_finds_the_best_of_all_translations(tiny_config, seed, forced, end):
+    """Every translation of at most four tokens is scored, in one batch and without a cache."""
+    V, longest = 5, 4
+    model = make_model(tiny_config(vocab_size=V), seed, end)
     source = torch.randint(3, V, (1, 4))
-    best, best_score = None, -torch.inf
-    for length in range(1, longest + 1):
-        for tokens in itertools.product(range(V), repeat=length):
-            ends_early = EOS in tokens[:-1]
-            unfinished = tokens[-1] != EOS and length < longest
-            if ends_early or unfinished or (forced is not None and tokens[0] != forced):
-                continue
-            scores = log_probs(model, source, torch.tensor([[START, *tokens[:-1]]]))
-            steps = [scores[i, token].item() for i, token in enumerate(tokens)]
-            score = sum(steps if forced is None else steps[1:])
-            if score > best_score:
-                best, best_score = [START, *tokens], score
+    everything = torch.tensor(list(itertools.product(range(V), repeat=longest)))
+    shifted = torch.cat([torch.full((len(everything), 1), START), everything[:, :-1]], 1)
+    with torch.no_grad():
+        logits = model(source.expand(len(everything), -1), decoder_input_ids=shifted).logits
+    steps = logits.log_softmax(-1).gather(2, everything[:, :, None])[:, :, 0]
+    if forced is not None:
+        steps[:, 0] = torch.where(everything[:, 0] == forced, 0.0, -torch.inf)
+    # A translation ends with its first </s>; what stands behind it counts for nothing.
+    words = ((everything == EOS).cumsum(1) - (everything == EOS).long()) == 0
+    best = (steps * words).sum(1).argmax()
+
     found = model.generate(
         source,
         num_beams=V**longest,
@@ -74,7 +83,7 @@ def test_a_beam_wide_enough_finds_the_best_of_all_translations(tiny_config, seed
         length_penalty=0.0,
         forced_bos_token_id=forced,
     )
-    assert found.tolist() == [best]
+    assert found.tolist() == [[START, *everything[best][words[best]].tolist()]]
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -91,12 +100,10 @@ def test_is_pure_and_repeats(tiny_config, num_beams):
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_never_longer_than_asked_or_than_the_positions(tiny_config, num_beams):
-    model = make_model(tiny_config(max_position_embeddings=6))
-    with torch.no_grad():  # </s> never comes
-        model.shared.weight[EOS] = 0
+    model = make_model(tiny_config(max_position_embeddings=6), end=-10.0)
     source = torch.randint(3, 29, (2, 5))
-    assert model.generate(source, num_beams=num_beams, max_new_tokens=3).shape[1] <= 4
-    assert model.generate(source, num_beams=num_beams, max_new_tokens=100).shape[1] <= 7
+    assert model.generate(source, num_beams=num_beams, max_new_tokens=3).shape[1] == 4
+    assert model.generate(source, num_beams=num_beams, max_new_tokens=100).shape[1] == 7
 
 
 def test_training_mode_is_refused(tiny_config):

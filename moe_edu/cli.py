@@ -1,0 +1,238 @@
+"""The command line: `moe-edu lab | train | translate | bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moe_edu.bench import bench
+from moe_edu.config import MoEConfig
+from moe_edu.settings import TrainingSettings
+
+# Set by the corpus and the tokenizer, not by hand.
+_DERIVED = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="moe-edu")
+def main() -> None:
+    """Learn the sparse Mixture-of-Experts encoder of NLLB-MoE."""
+
+
+def fail_clearly(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an error that the reader can mend into one line instead of a traceback."""
+
+    def run(**options: Any) -> None:
+        try:
+            command(**options)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise click.ClickException(str(error)) from error
+
+    run.__doc__ = command.__doc__
+    run.__name__ = command.__name__
+    return run
+
+
+def field_options(
+    cls: type, group: str, skip: set[str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """One option for each field of a dataclass; None (not given) leaves the default to the code that runs."""
+    hints = typing.get_type_hints(cls)
+    # The docstring's list of fields: "name: what it is", perhaps over several lines.
+    documented = dict(re.findall(r"^ {8}(\w+): (.+?)(?=^ {8}\w+: |^ *$)", cls.__doc__ or "", re.M | re.S))
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for field in reversed(dataclasses.fields(cls)):
+            if field.name not in skip:
+                kind, is_list = _option_type(hints[field.name])
+                option = "--" + field.name.replace("_", "-")
+                if kind is bool:
+                    option += f"/--no-{field.name.replace('_', '-')}"
+                note = "Comma-separated, or all." if is_list else ""
+                text = " ".join(documented.get(field.name, f"{group} {field.name}.").split())
+                command = click.option(
+                    option,
+                    type=str if is_list else kind,
+                    default=None,
+                    help=f"{text[0].upper()}{text[1:]} {note}".strip(),
+                )(command)
+        return command
+
+    return decorate
+
+
+def _option_type(hint: Any) -> tuple[Any, bool]:
+    """(click type, whether it is a list) of a field's annotation."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return click.Choice(typing.get_args(hint)), False
+    return (str, True) if typing.get_origin(hint) is tuple else (hint, False)
+
+
+def given(options: dict[str, Any], cls: type) -> dict[str, Any]:
+    """The options that were given and are fields of `cls`; comma-separated lists as tuples ("all" as None)."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for field in dataclasses.fields(cls):
+        value = options.get(field.name)
+        if value is not None:
+            is_list = _option_type(hints[field.name])[1]
+            values[field.name] = _split_codes(value) if is_list else value
+    return values
+
+
+def _split_codes(text: str) -> tuple[str, ...] | None:
+    return None if text == "all" else tuple(code.strip() for code in text.split(",") if code.strip())
+
+
+@main.command()
+@click.argument("notebook", default="07_train_a_multilingual_model.ipynb")
+@click.option(
+    "--port", type=int, default=None, help="Port of the server; by default the first free one from 8888."
+)
+@click.option("--no-browser", is_flag=True, help="Print the address instead of opening it.")
+@fail_clearly
+def lab(notebook: str, port: int | None, no_browser: bool) -> None:
+    """Open JupyterLab on the lessons."""
+    folder = find_notebooks()
+    if shutil.which("jupyter-lab", path=str(Path(sys.executable).parent)) is None:
+        raise click.ClickException('JupyterLab is not installed here: run `pip install "moe-edu[lab]"` first')
+    if not (folder / notebook).is_file():
+        names = ", ".join(sorted(path.name for path in folder.glob("*.ipynb")))
+        raise click.ClickException(f"there is no lesson {notebook}; there are {names}")
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--notebook-dir={folder}",
+        f"--LabApp.default_url=/lab/tree/{notebook}",
+    ]
+    command += [f"--port={port}"] if port else []
+    command += ["--no-browser"] if no_browser else []
+    raise SystemExit(subprocess.call(command))
+
+
+def find_notebooks() -> Path:
+    """The lessons' folder: beside the package in a clone, else in the current folder."""
+    for root in (Path(__file__).parent.parent, Path.cwd()):
+        if any((root / "notebooks").glob("*.ipynb")):
+            return root / "notebooks"
+    raise click.ClickException("no notebooks/ folder here: run this in a clone of the project")
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the model, the log and result.json.",
+)
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path, exists=True),
+    default=None,
+    help="A FLORES-200 folder or a TSV file; by default the corpus that ships.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
+@click.option(
+    "--store",
+    type=click.Choice(("float32", "float16")),
+    default="float32",
+    show_default=True,
+    help="Precision of the saved model; float16 halves the file.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), default=None, help="CPU threads; by default PyTorch's choice."
+)
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    help="Steps between saved states.",
+)
+@click.option(
+    "--test-sentences",
+    type=click.IntRange(0),
+    default=None,
+    help="Test on so many sentences; by default on all.",
+)
+@field_options(TrainingSettings, "Training", set())
+@field_options(MoEConfig, "Model field", _DERIVED)
+@fail_clearly
+def train(
+    out: Path,
+    corpus: Path | None,
+    resume: bool,
+    store: str,
+    threads: int | None,
+    checkpoint_every: int,
+    test_sentences: int | None,
+    **options: Any,
+) -> None:
+    """Train a translator.
+
+    For example: moe-edu train --out runs/first --seconds 150 --seed 7
+    """
+    import torch
+
+    from moe_edu.data import load_corpus, read_corpus
+    from moe_edu.training import train as run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = run(
+        load_corpus() if corpus is None else read_corpus(corpus),
+        TrainingSettings(**given(options, TrainingSettings)),
+        model_fields=given(options, MoEConfig),
+        out=out,
+        resume=resume,
+        store_dtype=getattr(torch, store),
+        test_sentences=test_sentences,
+        checkpoint_every=checkpoint_every,
+    )
+    test = result.summary["test"]
+    click.echo(
+        f"{result.summary['steps']} steps in {result.summary['seconds']} s, "
+        f"{result.summary['tokens_per_second']} tokens/s, {result.summary['peak_rss_mb']} MB at most\n"
+        f"test: chrF++ {test['chrf']:.1f}, exact match {test['exact_match']:.3f}, {test['sentences']} sentences\n"
+        f"model, log and result.json are in {out}"
+    )
+
+
+@main.command()
+@click.argument("text", nargs=-1)
+@click.option("--to", default="eng_Latn", show_default=True, help="Target language, a FLORES-200 code.")
+@click.option(
+    "--from", "source", default="und", show_default=True, help="Source language; und lets the model find out."
+)
+@click.option(
+    "--model", type=click.Path(path_type=Path), default=None, help="A folder that `moe-edu train` wrote."
+)
+@click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
+@fail_clearly
+def translate(text: tuple[str, ...], to: str, source: str, model: Path | None, beams: int) -> None:
+    """Translate each TEXT, or each line of the standard input."""
+    from moe_edu.pretrained import load_pretrained
+
+    translator = load_pretrained(model)
+    for line in text or (line.rstrip("\n") for line in sys.stdin):
+        click.echo(translator.translate(line, to=to, source=source, num_beams=beams))
+
+
+main.add_command(bench)
+
+
+if __name__ == "__main__":
+    main()

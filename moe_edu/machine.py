@@ -1,0 +1,35 @@
+"""What this machine is and has: the device to compute on, and the memory used."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" is the NVIDIA GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: not the name of a device, or a GPU where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device: use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "there is no NVIDIA GPU that this PyTorch can use: choose device cpu, or install a CUDA build of PyTorch "
+            "(on Colab: Runtime > Change runtime type > GPU)"
+        )
+    return device
+
+
+def peak_memory_mb() -> float:
+    """The largest resident memory of this process so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kilobytes, macOS bytes.
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -1,0 +1,96 @@
+"""What a training run is asked to do: `TrainingSettings`, and the model that trains in minutes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moe_edu.config import MoEConfig
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How to train; the model itself is a `MoEConfig`.
+
+    Attributes:
+        steps: optimizer steps. Ignored when `seconds` is set.
+        seconds: train for this long instead; the schedule then follows the clock.
+        seed: of weights, data order and dropout.
+        languages: FLORES-200 codes to train on; None for all of the corpus.
+        targets: languages to translate into; None for all of `languages`.
+        batch_tokens: sentence pairs times the tokens of the longest sentence, at most; a batch has about twice
+            as many tokens, source and target together.
+        und_rate: how often the source tag is replaced by "und", so that the model also learns to do without.
+        vocab_size: of the tokenizer, tags included.
+        learning_rate: at the top of the schedule: linear warm-up, then a cosine to zero.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: AdamW's.
+        clip_norm: gradients are scaled down to this norm.
+        label_smoothing: of the cross-entropy.
+        z_loss: weight of the cross-entropy's z term.
+        aux_loss_factor: weight of the load-balancing loss; 0 where the model has no sparse layer.
+        router_z_loss_factor: weight of the router z-loss.
+        device: "auto" takes a GPU where there is one.
+        precision: "auto" is fp32 on the CPU, and on a GPU bf16 or, where it has none, fp16.
+        log_every: steps between log lines.
+        eval_every: steps between looks at the validation split.
+        eval_sentences: validation sentences to translate at each look.
+    """
+
+    steps: int = 4000
+    seconds: float | None = None
+    seed: int = 0
+    languages: tuple[str, ...] | None = None
+    targets: tuple[str, ...] | None = ("eng_Latn",)
+    batch_tokens: int = 250
+    und_rate: float = 0.2
+    vocab_size: int = 3000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    aux_loss_factor: float = 0.01
+    router_z_loss_factor: float = 0.0
+    device: str = "auto"
+    precision: Precision = "auto"
+    log_every: int = 20
+    eval_every: int = 400
+    eval_sentences: int = 200
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_tokens", "learning_rate", "clip_norm", "log_every", "eval_every")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"TrainingSettings.{name} must be positive; got {getattr(self, name)}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"TrainingSettings.seconds must be positive; got {self.seconds}")
+
+
+def small_config(**fields: Any) -> MoEConfig:
+    """The translator that trains in minutes on two CPU cores; `fields` override."""
+    defaults: dict[str, Any] = {
+        "vocab_size": 3000,
+        "max_position_embeddings": 160,
+        "d_model": 128,
+        "encoder_layers": 2,
+        "encoder_ffn_dim": 256,
+        "encoder_attention_heads": 4,
+        "encoder_sparse_step": 2,
+        "encoder_layerdrop": 0.0,
+        "decoder_layers": 1,
+        "decoder_ffn_dim": 256,
+        "decoder_attention_heads": 4,
+        "decoder_sparse_step": 0,
+        "decoder_layerdrop": 0.0,
+        "num_experts": 8,
+        "expert_capacity_factor": 1.25,
+        "moe_token_dropout": 0.0,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_std": 0.05,
+    }
+    return MoEConfig(**{**defaults, **fields})
