@@ -55,17 +55,17 @@ class Experts(nn.Module):
         dtype = rows.dtype
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, w1, b1, w2, b2 = (t.to(dtype) for t in (rows, self.w1, self.b1, self.w2, self.b2))
+        rows, *weights = (t.to(dtype) for t in (rows, self.w1, self.b1, self.w2, self.b2))
         backend = choose_backend(rows) if self.backend == "auto" else self.backend
+        if backend == "loop":
+            return _loop(rows, counts, self._hidden, weights)
         if backend == "padded":
-            return _padded(rows, counts, min(capacity, rows.shape[0]), self._hidden, (w1, b1, w2, b2))
-        if backend == "grouped" and rows.device.type == "cuda":
-            return _grouped_cuda(rows, counts, self._hidden, (w1, b1, w2, b2))
-        if backend == "grouped" and torch.is_grad_enabled():
-            sizes = counts.tolist()
-            hidden = self._hidden(GroupedLinear.apply(rows, w1, b1, sizes))
-            return GroupedLinear.apply(hidden, w2, b2, sizes)
-        return _loop(rows, counts, self._hidden, (w1, b1, w2, b2))
+            return _padded(rows, counts, min(capacity, rows.shape[0]), self._hidden, weights)
+        if rows.device.type == "cuda":
+            return _grouped_cuda(rows, counts, self._hidden, weights)
+        if torch.is_grad_enabled():
+            return _grouped_cpu(rows, counts, self._hidden, weights)
+        return _infer_cpu(rows, counts, self._hidden, weights)
 
     def _hidden(self, pre_activation: Tensor) -> Tensor:
         hidden = self.act(pre_activation)
@@ -86,7 +86,7 @@ def choose_backend(rows: Tensor) -> Backend:
     return "grouped" if aligned and has_grouped else "padded"
 
 
-Weights = tuple[Tensor, Tensor, Tensor, Tensor]
+Weights = Sequence[Tensor]  # w1, b1, w2, b2 in the dtype of the rows
 
 # However unevenly the router loads the experts, a pass without gradients holds the hidden activations of so many rows.
 _ROWS_AT_ONCE = 2048
@@ -107,15 +107,26 @@ def _segments(sizes: Sequence[int], at_most: int | None = None) -> Iterator[tupl
 
 
 def _loop(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights) -> Tensor:
-    """One expert after the other: the form to read, and on the CPU the fastest where no gradient is needed."""
+    """One expert after the other: the form to read."""
     outputs = torch.zeros_like(rows)
-    for expert, segment in _segments(counts.tolist(), _ROWS_AT_ONCE):
+    for expert, segment in _segments(counts.tolist()):
         w1, b1, w2, b2 = (weight[expert] for weight in weights)
-        x = rows[segment]
+        outputs[segment] = F.linear(hidden(F.linear(rows[segment], w1, b1)), w2, b2)
+    return outputs
+
+
+def _infer_cpu(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights) -> Tensor:
+    """`_loop` without gradients: results are written in place, and products take the faster of two forms."""
+    outputs = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    sizes = counts.tolist()
+    for expert, segment in _segments(sizes, _ROWS_AT_ONCE):
+        w1, b1, w2, b2 = (weight[expert] for weight in weights)
+        x, y = rows[segment], outputs[segment]
         if x.shape[0] <= _FEW_ROWS:
-            outputs[segment] = torch.addmm(b2[:, None], w2, hidden(torch.addmm(b1[:, None], w1, x.T))).T
+            y.copy_(torch.addmm(b2[:, None], w2, hidden(torch.addmm(b1[:, None], w1, x.T))).T)
         else:
-            outputs[segment] = F.linear(hidden(F.linear(x, w1, b1)), w2, b2)
+            torch.addmm(b2, hidden(F.linear(x, w1, b1)), w2.T, out=y)
+    outputs[sum(sizes) :] = 0
     return outputs
 
 
@@ -153,6 +164,15 @@ def _grouped_cuda(
     x = F.grouped_mm(rows.where(real, 0), w1.mT, offs=end) + b1[expert]
     y = F.grouped_mm(hidden(x.where(real, 0)), w2.mT, offs=end) + b2[expert]
     return y.where(real, 0)
+
+
+def _grouped_cpu(
+    rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights
+) -> Tensor:
+    """`_loop` with a backward pass of its own, see `GroupedLinear`."""
+    w1, b1, w2, b2 = weights
+    sizes = counts.tolist()
+    return GroupedLinear.apply(hidden(GroupedLinear.apply(rows, w1, b1, sizes)), w2, b2, sizes)
 
 
 class GroupedLinear(torch.autograd.Function):

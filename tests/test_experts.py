@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_edu.config import MoEConfig
 from moe_edu.dispatch import permute, plan_dispatch, unpermute
-from moe_edu.experts import Experts, choose_backend
+from moe_edu.experts import Experts, _grouped_cuda, _loop, choose_backend
 from moe_edu.layers import SparseMLP
 from moe_edu.reference import loop_gating, loop_sparse_mlp
 from moe_edu.routing import RouterOutput, top2_gating
@@ -266,3 +266,19 @@ def test_cuda_forward_does_not_synchronise(dtype, backend, training):
         layer(hidden, padding)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_cuda_grouped_form_equals_the_loop_where_rows_belong_to_nobody():
+    """Its maths, run on the CPU: rows behind the last expert's reach neither the output nor any gradient."""
+    generator = torch.Generator().manual_seed(0)
+    experts = make_experts(make_config(E=3, D=8), 16, "loop", generator).float()
+    counts = torch.tensor([2, 0, 3])
+    weights = [experts.w1, experts.b1, experts.w2, experts.b2]
+    outcomes = []
+    for form in (_loop, _grouped_cuda):
+        rows = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = form(rows, counts, torch.relu, weights)
+        outcomes.append([out, *torch.autograd.grad(out.square().sum(), [rows, *weights])])
+    for expected, actual in zip(*outcomes, strict=True):
+        assert_close(actual, expected, tolerance=1e-5)
+    assert outcomes[1][1][5:].abs().max() == 0
