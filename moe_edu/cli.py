@@ -153,7 +153,11 @@ def find_notebooks() -> Path:
     help="Precision of the saved model; float16 halves the file.",
 )
 @click.option(
-    "--threads", type=click.IntRange(1), default=None, help="CPU threads; by default PyTorch's choice."
+    "--threads",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="CPU threads; for a small model more are slower.",
 )
 @click.option(
     "--checkpoint-every",
@@ -176,7 +180,7 @@ def train(
     corpus: Path | None,
     resume: bool,
     store: str,
-    threads: int | None,
+    threads: int,
     checkpoint_every: int,
     test_sentences: int | None,
     **options: Any,
@@ -190,8 +194,7 @@ def train(
     from moe_edu.data import load_corpus, read_corpus
     from moe_edu.training import train as run
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     result = run(
         load_corpus() if corpus is None else read_corpus(corpus),
         TrainingSettings(**given(options, TrainingSettings)),

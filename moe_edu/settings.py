@@ -44,7 +44,7 @@ class TrainingSettings:
     seed: int = 0
     languages: tuple[str, ...] | None = None
     targets: tuple[str, ...] | None = ("eng_Latn",)
-    batch_tokens: int = 250
+    batch_tokens: int = 400
     und_rate: float = 0.2
     vocab_size: int = 3000
     learning_rate: float = 1e-3
