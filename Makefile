@@ -18,6 +18,7 @@ lab: $(LAB_STAMP)
 
 test: $(TEST_STAMP) lint
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval notebooks
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
@@ -26,8 +27,7 @@ lint: $(TEST_STAMP)
 
 # Runs every notebook from top to bottom and saves it with its outputs, without widget state.
 notebooks: $(TEST_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --inplace --execute \
-	  --ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb
+	$(BIN)/python -m moe_edu.lessons.execute notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

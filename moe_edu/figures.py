@@ -1,0 +1,327 @@
+"""Numbers to pictures: pure functions that return a Plotly figure or a string of HTML.
+
+Every piece of text that comes from data is escaped. A Plotly figure carries a sentence that says what it shows, in
+`layout.meta["description"]`, for readers who do not see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from moe_edu.routing import RouterOutput
+from moe_edu.theme import expert_style
+
+# Shown only where the style sheet is not: dark enough on white, light enough on black.
+_FALLBACK_INK = "#767676"
+_MIN_LABELLED_SHARE = 0.06  # a thinner band has no room for its label
+
+
+class Snapshot(NamedTuple):
+    """The translations of a few phrases after `step` optimizer steps."""
+
+    step: int
+    translations: tuple[str, ...]
+
+
+def training_figure(history: Sequence[Mapping[str, Any]], total_steps: int) -> go.Figure:
+    """Three curves over the steps of a run: loss, chrF++ on the validation split, and each expert's load.
+
+    Args:
+        history: records as `moe_edu.training.train` logs them. The load is that of the first sparse layer.
+        total_steps: where the horizontal axis ends.
+    """
+    fig = make_subplots(
+        rows=3,
+        shared_xaxes=True,
+        row_heights=[0.27, 0.27, 0.46],
+        vertical_spacing=0.1,
+        subplot_titles=[
+            "Loss per target token",
+            "chrF++ on validation sentences",
+            "Share of the tokens whose first choice is expert …",
+        ],
+    )
+    steps = [record["step"] for record in history]
+    losses = [round(record["loss"], 3) for record in history]
+    scored = [record for record in history if "valid/chrf" in record]
+    fig.add_scatter(
+        x=steps, y=losses, mode="lines", row=1, col=1, hovertemplate="step %{x}: %{y}<extra></extra>"
+    )
+    fig.add_scatter(
+        x=[record["step"] for record in scored],
+        y=[round(record["valid/chrf"], 1) for record in scored],
+        mode="lines+markers",
+        cliponaxis=False,
+        row=2,
+        col=1,
+        hovertemplate="step %{x}: %{y}<extra></extra>",
+    )
+    loads: list[Sequence[float]] = [next(iter(record["expert_load"].values()), []) for record in history]
+    for expert, shares in enumerate(zip(*loads, strict=True)):
+        style = expert_style(expert)
+        fig.add_scatter(
+            x=steps,
+            y=[round(100 * share, 1) for share in shares],
+            mode="lines",
+            stackgroup="load",
+            fillcolor=style.color,
+            line_width=0.5,
+            name=style.label,
+            hovertemplate=f"{style.label}: %{{y}} %<extra></extra>",
+            row=3,
+            col=1,
+        )
+    _label_bands(fig, loads[-1] if loads else [])
+    _set_layout(fig, height=480, margin={"l": 48, "r": 48, "t": 28, "b": 44})
+    fig.update_traces(line_color=_FALLBACK_INK, marker_color=_FALLBACK_INK)
+    for title in fig.layout.annotations[:3]:
+        title.update(x=0, xanchor="left", font_size=13)
+    fig.update_xaxes(range=[0, total_steps])
+    fig.update_xaxes(title_text="optimizer step", row=3)
+    fig.update_yaxes(rangemode="tozero", row=1)
+    fig.update_yaxes(range=[0, 100], row=2)
+    fig.update_yaxes(range=[0, 100], ticksuffix=" %", row=3)
+    return _described(fig, describe_history(history))
+
+
+def describe_history(history: Sequence[Mapping[str, Any]]) -> str:
+    """Where a training run stands, in a sentence."""
+    if not history:
+        return "Nothing has been trained yet."
+    last = history[-1]
+    scores = [record["valid/chrf"] for record in history if "valid/chrf" in record]
+    score = f", chrF++ on validation sentences {scores[-1]:.1f}" if scores else ""
+    return f"After {last['step']:,} steps: loss {last['loss']:.2f}{score}."
+
+
+def load_figure(loads: Mapping[str, Sequence[float]]) -> go.Figure:
+    """One bar a run, cut into the shares (0 to 1) of the first choices that its experts received."""
+    names = list(loads)
+    fig = go.Figure()
+    for expert, shares in enumerate(zip(*loads.values(), strict=True)):
+        style = expert_style(expert)
+        fig.add_bar(
+            y=names,
+            x=[round(100 * share, 1) for share in shares],
+            orientation="h",
+            marker={"color": style.color, "line": {"color": _FALLBACK_INK, "width": 1}},
+            text=[style.label if share >= _MIN_LABELLED_SHARE else "" for share in shares],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            insidetextfont_color=style.ink,
+            hovertemplate=f"{style.label}: %{{x}} %<extra>%{{y}}</extra>",
+        )
+    _set_layout(fig, height=96 + 44 * len(names), margin={"l": 8, "r": 24, "t": 8, "b": 44})
+    fig.update_layout(barmode="stack", bargap=0.35)
+    fig.update_xaxes(range=[0, 100], ticksuffix=" %", title_text="share of the first choices")
+    fig.update_yaxes(autorange="reversed", automargin=True, showgrid=False, ticksuffix="  ")
+    described = (
+        f"{name}: the busiest expert is the first choice of {max(shares):.0%} of the tokens"
+        for name, shares in loads.items()
+    )
+    return _described(fig, "; ".join(described) + ".")
+
+
+def score_figure(scores: Mapping[str, float]) -> go.Figure:
+    """One dot a name on a scale from 0 to 100, the best on top."""
+    ranked = sorted(scores.items(), key=lambda item: item[1], reverse=True)
+    values = [round(value, 1) for _, value in ranked]
+    fig = go.Figure(
+        go.Scatter(
+            x=values,
+            y=[name for name, _ in ranked],
+            mode="markers+text",
+            text=[f"{value:.0f}" for value in values],
+            textposition="middle right",
+            textfont_size=11,
+            marker={"color": _FALLBACK_INK, "size": 8},
+            hovertemplate="%{y}: %{x}<extra></extra>",
+        )
+    )
+    _set_layout(fig, height=76 + 16 * len(ranked), margin={"l": 8, "r": 24, "t": 8, "b": 44})
+    fig.update_xaxes(range=[-2, 105], title_text="chrF++ on test sentences")
+    fig.update_yaxes(autorange="reversed", automargin=True, tickmode="linear", tickfont_size=11)
+    (best, top), (worst, bottom) = ranked[0], ranked[-1]
+    return _described(fig, f"From {best} with {top:.1f} down to {worst} with {bottom:.1f}.")
+
+
+def table_html(header: Sequence[str], rows: Iterable[Sequence[str | int]], caption: str = "") -> str:
+    """A table; whole numbers are set to the right with thousands separated."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    table = f"{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="moe"><table class="moe-table">{table}</table></div>'
+
+
+def snapshots_html(sources: Sequence[str], references: Sequence[str], snapshots: Sequence[Snapshot]) -> str:
+    """Phrases side by side, one row a snapshot: how their translations changed; a right one has a tick."""
+
+    def cell(translation: str, reference: str) -> str:
+        if translation == reference:
+            return f'<td class="moe-right">✓ {escape(translation)}</td>'
+        return f"<td>{escape(translation)}</td>"
+
+    head = "".join(f"<th>{_isolated_html(source)}</th>" for source in sources)
+    rows = [
+        f'<tr><td class="moe-num">{snapshot.step:,}</td>'
+        + "".join(map(cell, snapshot.translations, references))
+        + "</tr>"
+        for snapshot in snapshots
+    ]
+    goal = "".join(f"<th>{escape(reference)}</th>" for reference in references)
+    return (
+        f'<div class="moe"><table class="moe-table"><thead><tr><th>step</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}<tr><th>human</th>{goal}</tr></tbody></table></div>"
+    )
+
+
+def tokens_html(tokens: Sequence[str]) -> str:
+    """The tokens of a phrase as a row of chips."""
+    chips = (
+        f'<span class="moe-chip moe-plain"><span class="moe-token">{_isolated_html(token)}</span></span>'
+        for token in tokens
+    )
+    return f'<div class="moe"><div class="moe-chips">{" ".join(chips)}</div></div>'
+
+
+def routing_html(tokens: Sequence[str], routing: RouterOutput) -> str:
+    """The tokens of a phrase as chips that show where each goes.
+
+    A chip holds the token and its first choice on that expert's colour, with its mark, number and gate; below, in a
+    dashed frame, its second choice. A choice that found no room is hatched and crossed out; a token that lost both
+    says "dropped".
+
+    Args:
+        tokens: the T tokens that were routed.
+        routing: of those tokens.
+
+    Raises:
+        ValueError: the tokens are not those of `routing`.
+    """
+    if len(tokens) != routing.num_tokens:
+        raise ValueError(f"{len(tokens)} tokens cannot show the routing of {routing.num_tokens}")
+    chips = (_chip(token, *choices) for token, choices in zip(tokens, _choices(routing), strict=True))
+    return f'<div class="moe"><div class="moe-chips" role="list">{" ".join(chips)}</div></div>'
+
+
+def describe_routing(tokens: Sequence[str], routing: RouterOutput) -> str:
+    """What `routing_html` shows, in a sentence or two."""
+    made = {i: choices for i, choices in enumerate(_choices(routing)) if choices}
+    if not made:
+        return "Padding chooses nobody."
+    firsts = [first.expert for first, *_ in made.values()]
+    busiest = max(dict.fromkeys(firsts), key=firsts.count)
+    sentence = (
+        f"Expert {expert_style(busiest).label} is the first choice of {firsts.count(busiest)} of {len(made)} tokens; "
+        f"{len(set(firsts))} of {routing.num_experts} experts are someone's first choice."
+    )
+    kept = [choice.kept for choices in made.values() for choice in choices]
+    if all(kept):
+        return sentence
+    left_behind = [tokens[i] for i, choices in made.items() if not any(choice.kept for choice in choices)]
+    ending = (
+        f"; no expert takes {', '.join(map(_isolated_text, left_behind))}."
+        if left_behind
+        else ", but no token loses both."
+    )
+    places = f"{routing.capacity} place{'s' if routing.capacity != 1 else ''}"
+    return f"{sentence} With {places} in each expert {kept.count(False)} of {len(kept)} choices find no room{ending}"
+
+
+class _Choice(NamedTuple):
+    expert: int
+    gate: float
+    kept: bool
+
+
+def _choices(routing: RouterOutput) -> list[tuple[_Choice, ...]]:
+    """The choices that each token made, the first one first."""
+    columns = (routing.expert_index, routing.combine_weights, routing.kept)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [tuple(_Choice(*choice) for choice in zip(*row, strict=True) if choice[0] >= 0) for row in rows]
+
+
+def _chip(token: str, first: _Choice | None = None, second: _Choice | None = None) -> str:
+    if first is None:  # padding chooses nobody
+        token = f'<span class="moe-token">{_isolated_html(token)}</span>'
+        return f'<span class="moe-chip moe-plain" role="listitem">{token}</span>'
+    style = expert_style(first.expert)
+    dropped = not first.kept and (second is None or not second.kept)
+    word = f'<span class="moe-token">{_isolated_html(token)}</span><br>'
+    if dropped:
+        word += '<span class="moe-token">dropped</span><br>'
+    colors = f"background-color: {style.color}; color: {style.ink}"
+    no_room = "" if first.kept else " moe-no-room"
+    parts = f'<span class="moe-choice moe-first{no_room}" style="{colors}">{word}{_gate(first)}</span>'
+    if second is not None:
+        style = expert_style(second.expert)
+        colors = f"background-color: {style.color}; color: {style.ink}"
+        no_room = "" if second.kept else " moe-no-room"
+        parts += f' <span class="moe-choice moe-second{no_room}" style="{colors}">{_gate(second)}</span>'
+    return f'<span class="moe-chip" role="listitem">{parts}</span>'
+
+
+def _gate(choice: _Choice) -> str:
+    label = expert_style(choice.expert).label
+    return f"<b>{label}</b> {choice.gate:.2f}" if choice.kept else f"✕ <b>{label}</b>"
+
+
+def _isolated_text(token: str) -> str:
+    """As `_isolated_html`, in plain text: between FIRST STRONG ISOLATE and POP DIRECTIONAL ISOLATE."""
+    return f"\u2068{token}\u2069"
+
+
+def _isolated_html(text: str) -> str:
+    """Escaped text of any script, in its own direction, that does not turn its surroundings around."""
+    return f'<bdi dir="auto">{escape(text)}</bdi>'
+
+
+def _cell(value: str | int) -> str:
+    if isinstance(value, str):
+        return f"<td>{_isolated_html(value)}</td>"
+    return f'<td class="moe-num">{value:,}</td>'
+
+
+def _label_bands(fig: go.Figure, shares: Sequence[float]) -> None:
+    """Name each expert at the right end of its band."""
+    bottom = 0.0
+    for expert, share in enumerate(shares):
+        if share >= _MIN_LABELLED_SHARE:
+            fig.add_annotation(
+                text=expert_style(expert).label,
+                x=1.01,
+                xref="paper",
+                xanchor="left",
+                y=100 * (bottom + share / 2),
+                yref="y3",
+                showarrow=False,
+                font_size=12,
+            )
+        bottom += share
+
+
+def _set_layout(fig: go.Figure, height: int, margin: Mapping[str, int]) -> None:
+    """What all our figures share: no template (1 KB instead of 7), a transparent ground, thin axes."""
+    fig.update_layout(
+        template="none",
+        height=height,
+        margin=dict(margin),
+        showlegend=False,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"size": 12, "color": _FALLBACK_INK, "family": "system-ui, sans-serif"},
+    )
+    fig.update_xaxes(zeroline=False, fixedrange=True)
+    fig.update_yaxes(zeroline=False, fixedrange=True)
+
+
+def _described(fig: go.Figure, description: str) -> go.Figure:
+    fig.update_layout(meta={"description": description})
+    return fig

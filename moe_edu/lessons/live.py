@@ -1,0 +1,108 @@
+"""Training, watched: a picture and a table that follow a run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from html import escape
+from itertools import cycle
+
+from IPython.display import clear_output
+
+from moe_edu.data import Corpus, SentencePair
+from moe_edu.figures import Snapshot, snapshots_html, training_figure
+from moe_edu.lessons.notebook import show
+from moe_edu.pretrained import TextTranslator
+from moe_edu.training import Record
+
+
+def choose_phrases(
+    corpus: Corpus,
+    languages: Sequence[str],
+    kinds: Sequence[str],
+    *,
+    split: str = "valid",
+    to: str = "eng_Latn",
+    seed: int = 0,
+) -> list[SentencePair]:
+    """One sentence of each of `kinds` out of a split, drawn at random, from the languages in turn.
+
+    Raises:
+        ValueError: the split has no sentence of a kind in its language.
+    """
+    rng = random.Random(seed)
+    chosen = []
+    for kind, language in zip(kinds, cycle(languages), strict=False):
+        pairs = [pair for pair in corpus.sentence_pairs(split, [language], [to]) if pair.kind == kind]
+        if not pairs:
+            raise ValueError(
+                f"the {split} split has no {kind!r} in {language}; its kinds are {set(corpus.split(split).kinds)}"
+            )
+        chosen.append(rng.choice(pairs))
+    return chosen
+
+
+class LiveTraining:
+    """Draws a run below the cell while it trains; pass `on_record` to `moe_edu.training.train`.
+
+    Each drawing replaces the one before, so the saved notebook holds the last.
+    """
+
+    def __init__(self, phrases: Sequence[SentencePair], total_steps: int, *, redraw_every: int = 8) -> None:
+        """Draw the empty pictures.
+
+        Args:
+            phrases: held-out sentences to translate at the first record, and whenever the validation split is scored.
+            total_steps: of the run.
+            redraw_every: log lines between two drawings; a drawing costs some 50 ms here and more in the browser.
+        """
+        self.phrases = tuple(phrases)
+        self.total_steps = total_steps
+        self.redraw_every = redraw_every
+        self.history: list[Record] = []
+        self.snapshots: list[Snapshot] = []
+        self.draw()
+
+    def on_record(self, record: Record, translator: TextTranslator) -> None:
+        """Take in one log line."""
+        scored = "valid/chrf" in record
+        if scored or not self.history:
+            self.snapshots.append(Snapshot(record["step"], translate_all(translator, self.phrases)))
+        self.history.append(record)
+        if scored or len(self.history) % self.redraw_every == 1:
+            self.draw()
+
+    def draw(self) -> None:
+        """Show where the run stands."""
+        # JupyterLab's Plotly renderer ignores updates of a figure that it has drawn: replace the whole output.
+        clear_output(wait=True)
+        show(status_html(self.history, self.total_steps))
+        show(training_figure(self.history, self.total_steps))
+        sources = [f"{phrase.source_language}: {phrase.source}" for phrase in self.phrases]
+        show(snapshots_html(sources, [phrase.target for phrase in self.phrases], self.snapshots))
+
+    def first_right(self) -> list[int | None]:
+        """For each phrase the step of the first snapshot that translated it as the human did; None for never."""
+        return [
+            next((s.step for s in self.snapshots if s.translations[i] == phrase.target), None)
+            for i, phrase in enumerate(self.phrases)
+        ]
+
+
+def translate_all(translator: TextTranslator, phrases: Sequence[SentencePair]) -> tuple[str, ...]:
+    """Each phrase in its target language, told its source language."""
+    return tuple(
+        translator.translate(phrase.source, to=phrase.target_language, source=phrase.source_language)
+        for phrase in phrases
+    )
+
+
+def status_html(history: Sequence[Record], total_steps: int) -> str:
+    """How far a run is and how fast, in a line."""
+    if not history:
+        text = f"Step 0 of {total_steps:,}: preparing the data."
+    else:
+        last = history[-1]
+        speed = f"{last['tokens_per_second']:,} tokens a second"
+        text = f"Step {last['step']:,} of {total_steps:,}, {last['seconds']:.0f} s, {speed}, loss {last['loss']:.2f}"
+    return f'<div class="moe" role="status">{escape(text)}</div>'
