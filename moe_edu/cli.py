@@ -206,9 +206,11 @@ def train(
         checkpoint_every=checkpoint_every,
     )
     test = result.summary["test"]
+    peak = result.summary["peak_rss_mb"]
+    memory = "" if peak is None else f", {peak:.0f} MB at most"
     click.echo(
         f"{result.summary['steps']} steps in {result.summary['seconds']} s, "
-        f"{result.summary['tokens_per_second']} tokens/s, {result.summary['peak_rss_mb']} MB at most\n"
+        f"{result.summary['tokens_per_second']} tokens/s{memory}\n"
         f"test: chrF++ {test['chrf']:.1f}, exact match {test['exact_match']:.3f}, {test['sentences']} sentences\n"
         f"model, log and result.json are in {out}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 
 import torch
@@ -28,8 +27,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
-def peak_memory_mb() -> float:
-    """The largest resident memory of this process so far, in MB (10^6 bytes)."""
+def peak_memory_mb() -> float | None:
+    """The largest resident memory of this process so far, in MB (10^6 bytes); None on Windows, which does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts kilobytes, macOS bytes.
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -212,7 +212,7 @@ def train(
         "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9)),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "test": evaluate(translator, test).to_json(),
-        "peak_rss_mb": round(peak_memory_mb()),
+        "peak_rss_mb": peak_memory_mb(),
         "settings": asdict(settings),
         "config": asdict(config),
     }
