@@ -18,6 +18,8 @@ from moe_edu.theme import expert_style
 
 # Shown only where the style sheet is not: dark enough on white, light enough on black.
 _FALLBACK_INK = "#767676"
+_FALLBACK_GRID = "rgba(128,128,128,0.25)"
+_MAX_TRANSLATION_CHARS = 80
 _MIN_LABELLED_SHARE = 0.06  # a thinner band has no room for its label
 
 
@@ -166,7 +168,7 @@ def snapshots_html(sources: Sequence[str], references: Sequence[str], snapshots:
     def cell(translation: str, reference: str) -> str:
         if translation == reference:
             return f'<td class="moe-right">✓ {escape(translation)}</td>'
-        return f"<td>{escape(translation)}</td>"
+        return f"<td>{escape(_shortened(translation))}</td>"
 
     head = "".join(f"<th>{_isolated_html(source)}</th>" for source in sources)
     rows = [
@@ -184,11 +186,8 @@ def snapshots_html(sources: Sequence[str], references: Sequence[str], snapshots:
 
 def tokens_html(tokens: Sequence[str]) -> str:
     """The tokens of a phrase as a row of chips."""
-    chips = (
-        f'<span class="moe-chip moe-plain"><span class="moe-token">{_isolated_html(token)}</span></span>'
-        for token in tokens
-    )
-    return f'<div class="moe"><div class="moe-chips">{" ".join(chips)}</div></div>'
+    chips = " ".join(map(_plain_chip, tokens))
+    return f'<div class="moe"><div class="moe-chips" role="list">{chips}</div></div>'
 
 
 def routing_html(tokens: Sequence[str], routing: RouterOutput) -> str:
@@ -248,24 +247,37 @@ def _choices(routing: RouterOutput) -> list[tuple[_Choice, ...]]:
     return [tuple(_Choice(*choice) for choice in zip(*row, strict=True) if choice[0] >= 0) for row in rows]
 
 
+# Inline, for JupyterLab drops the style sheet of a notebook that it was not told to trust.
+_CHIP_STYLE = "display: inline-block; margin: 2px; text-align: center; vertical-align: top"
+
+
+def _plain_chip(token: str) -> str:
+    style = f"{_CHIP_STYLE}; padding: 1px 6px; border: 1px solid"
+    return f'<span class="moe-chip moe-plain" role="listitem" style="{style}">{_token(token)}</span>'
+
+
 def _chip(token: str, first: _Choice | None = None, second: _Choice | None = None) -> str:
     if first is None:  # padding chooses nobody
-        token = f'<span class="moe-token">{_isolated_html(token)}</span>'
-        return f'<span class="moe-chip moe-plain" role="listitem">{token}</span>'
-    style = expert_style(first.expert)
-    dropped = not first.kept and (second is None or not second.kept)
-    word = f'<span class="moe-token">{_isolated_html(token)}</span><br>'
-    if dropped:
-        word += '<span class="moe-token">dropped</span><br>'
-    colors = f"background-color: {style.color}; color: {style.ink}"
-    no_room = "" if first.kept else " moe-no-room"
-    parts = f'<span class="moe-choice moe-first{no_room}" style="{colors}">{word}{_gate(first)}</span>'
+        return _plain_chip(token)
+    lines = [_token(token), _gate(first)]
+    if not first.kept and (second is None or not second.kept):
+        lines.insert(1, "dropped")
+    parts = _half(first, "moe-first", "solid", "<br>".join(lines))
     if second is not None:
-        style = expert_style(second.expert)
-        colors = f"background-color: {style.color}; color: {style.ink}"
-        no_room = "" if second.kept else " moe-no-room"
-        parts += f' <span class="moe-choice moe-second{no_room}" style="{colors}">{_gate(second)}</span>'
-    return f'<span class="moe-chip" role="listitem">{parts}</span>'
+        parts += _half(second, "moe-second", "dashed", _gate(second))
+    return f'<span class="moe-chip" role="listitem" style="{_CHIP_STYLE}">{parts}</span>'
+
+
+def _half(choice: _Choice, name: str, border: str, content: str) -> str:
+    """The half of a chip that shows one choice, on its expert's colour."""
+    look = expert_style(choice.expert)
+    style = f"display: block; padding: 1px 6px; border: 1px {border}; background-color: {look.color}; color: {look.ink}"
+    classes = f"moe-choice {name}{'' if choice.kept else ' moe-no-room'}"
+    return f'<span class="{classes}" style="{style}">{content}</span>'
+
+
+def _token(token: str) -> str:
+    return f'<span class="moe-token">{_isolated_html(token)}</span>'
 
 
 def _gate(choice: _Choice) -> str:
@@ -281,6 +293,11 @@ def _isolated_text(token: str) -> str:
 def _isolated_html(text: str) -> str:
     """Escaped text of any script, in its own direction, that does not turn its surroundings around."""
     return f'<bdi dir="auto">{escape(text)}</bdi>'
+
+
+def _shortened(text: str) -> str:
+    """A model that stutters fills whole pages."""
+    return text if len(text) <= _MAX_TRANSLATION_CHARS else text[: _MAX_TRANSLATION_CHARS - 1] + "…"
 
 
 def _cell(value: str | int) -> str:
@@ -318,8 +335,8 @@ def _set_layout(fig: go.Figure, height: int, margin: Mapping[str, int]) -> None:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"size": 12, "color": _FALLBACK_INK, "family": "system-ui, sans-serif"},
     )
-    fig.update_xaxes(zeroline=False, fixedrange=True)
-    fig.update_yaxes(zeroline=False, fixedrange=True)
+    for update in (fig.update_xaxes, fig.update_yaxes):
+        update(zeroline=False, fixedrange=True, gridcolor=_FALLBACK_GRID)
 
 
 def _described(fig: go.Figure, description: str) -> go.Figure:

@@ -61,25 +61,24 @@ STYLE_SHEET = """
 .moe table.moe-table { border-collapse: collapse; margin: 4px 0; font-size: 13px; width: auto; }
 .moe table.moe-table th, .moe table.moe-table td {
   text-align: left; vertical-align: top; padding: 4px 12px 4px 0; border: 0; white-space: normal;
-  border-bottom: 1px solid var(--moe-line); color: var(--moe-ink); background: transparent;
+  overflow-wrap: anywhere; max-width: 200px; border-bottom: 1px solid var(--moe-line);
+  color: var(--moe-ink); background: transparent;
 }
 .moe table.moe-table th { font-weight: 600; }
+.moe table.moe-table td:first-child { overflow-wrap: normal; }
 .moe table.moe-table .moe-num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .moe table.moe-table .moe-right { font-weight: 600; }
-.moe .moe-chips { display: flex; flex-wrap: wrap; gap: 8px 6px; margin: 8px 0; }
-.moe .moe-chip { display: inline-flex; flex-direction: column; min-width: 46px; text-align: center; }
-.moe .moe-token {
-  font-family: var(--jp-code-font-family, monospace); font-size: 13px; padding: 2px 6px; white-space: pre;
-}
-.moe .moe-choice { font-size: 12px; padding: 1px 6px; border: 1px solid var(--moe-ink); white-space: nowrap; }
+.moe .moe-chips { margin: 8px 0; }
+.moe .moe-token { font-family: var(--jp-code-font-family, monospace); font-size: 13px; white-space: pre; }
+.moe .moe-choice { font-size: 12px; min-width: 34px; white-space: nowrap; border-color: var(--moe-ink) !important; }
 .moe .moe-first { border-radius: 4px 4px 0 0; }
-.moe .moe-second { border-style: dashed; border-top: 0; border-radius: 0 0 4px 4px; }
+.moe .moe-second { border-top: 0 !important; border-radius: 0 0 4px 4px; }
+.moe .moe-plain { min-width: 34px; border-color: var(--moe-line) !important; border-radius: 4px; }
 .moe .moe-choice b { font-weight: 600; }
 .moe .moe-no-room {
   background: repeating-linear-gradient(45deg, transparent 0 4px, rgba(128, 128, 128, 0.45) 4px 6px) !important;
   color: var(--moe-ink) !important;
 }
-.moe .moe-plain { border: 1px solid var(--moe-line); border-radius: 4px; }
 .moe .moe-answer { font-size: 18px; margin: 8px 0; min-height: 1.4em; }
 .moe .moe-note { font-size: 13px; margin: 4px 0; }
 .moe .moe-error { border-left: 3px solid currentColor; padding-left: 8px; }

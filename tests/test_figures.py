@@ -141,6 +141,11 @@ class TestHtml:
         assert set(page.tags) <= {"div", "table", "thead", "tr", "th", "tbody", "td", "bdi"}
         assert all(text in page.text for text in (source, reference, translation, "1,000"))
 
+    def test_snapshots_shorten_a_stutter(self):
+        html = snapshots_html(["a"], ["b"], [Snapshot(1, ("w" * 500,))])
+        assert "w" * 79 + "…" in html
+        assert "w" * 80 not in html
+
     def test_snapshots_tick_what_is_right(self):
         html = snapshots_html(["a"], ["b"], [Snapshot(1, ("c",)), Snapshot(2, ("b",))])
         assert "✓ b" in html
