@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -120,6 +121,8 @@ def lab(notebook: str, port: int | None, no_browser: bool) -> None:
     ]
     command += [f"--port={port}"] if port else []
     command += ["--no-browser"] if no_browser else []
+    # In a container people often are root, which JupyterLab refuses unless told so.
+    command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     raise SystemExit(subprocess.call(command))
 
 
