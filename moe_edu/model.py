@@ -7,7 +7,7 @@ Source: NLLB Team 2022, section 6; the computation is that of `transformers` 4.x
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -414,8 +414,3 @@ def maybe_checkpoint(enabled: bool, layer: Callable[..., T], *args: Any) -> T:
     if not enabled:
         return layer(*args)
     return checkpoint(layer, *args, use_reentrant=False)
-
-
-def sparse_layers(routing: tuple[RouterOutput | None, ...]) -> Iterator[tuple[int, RouterOutput]]:
-    """(layer number, routing) of the layers that routed."""
-    return ((i, layer) for i, layer in enumerate(routing) if layer is not None)
