@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from moe_edu.exercises.cells import PREFIX, exercise_cells
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LESSON_07 = ROOT / "notebooks" / "07_train_a_multilingual_model.ipynb"
@@ -115,6 +117,11 @@ class TestForm:
         (place,) = (i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", []))
         assert code[place].source.startswith("# Parameters\n")
         assert "lessons.check_parameters(In)" in code[place + 1].source
+
+    def test_exercises_are_those_of_the_package(self, path):
+        notebook = read(path)
+        shown = [cell.source for cell in notebook.cells if cell.id.startswith(PREFIX)]
+        assert shown == [cell.source for cell in exercise_cells(path.name[:2])]
 
     def test_cell_ids_are_names(self, path):
         assert all(re.fullmatch(r"[a-z][a-z0-9-]+", cell.id) for cell in read(path).cells)

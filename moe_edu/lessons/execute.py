@@ -1,7 +1,8 @@
 """Run notebooks from top to bottom and save them as they ship: `python -m moe_edu.lessons.execute notebooks/*.ipynb`.
 
-What would only be dead weight in a saved notebook is left out: widget state, and widget views, which without a kernel
-say "model not found" where their text says what to do.
+The lesson's exercises are put in first, from `moe_edu/exercises/`. What would only be dead weight in a saved notebook
+is left out: widget state, and widget views, which without a kernel say "model not found" where their text says what
+to do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+
+from moe_edu.exercises.cells import with_exercises
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -44,7 +47,8 @@ def drop_widgets(notebook: NotebookNode) -> NotebookNode:
 
 def main(paths: list[str]) -> None:
     for path in map(Path, paths):
-        notebook = execute(nbformat.read(path, as_version=4), path.parent)
+        notebook = with_exercises(nbformat.read(path, as_version=4), lesson=path.name[:2])
+        execute(notebook, path.parent)
         nbformat.write(notebook, path)
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
