@@ -18,7 +18,7 @@ lab: $(LAB_STAMP)
 
 test: $(TEST_STAMP) lint
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval notebooks
+	MOE_EDU_PROGRESS=$(abspath $(VENV))/progress.json $(BIN)/python -m pytest --nbval notebooks
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

@@ -196,7 +196,11 @@ class TestTranslateBox:
 class TestExecute:
     def test_runs_and_drops_what_needs_a_kernel(self, tmp_path):
         source = "import ipywidgets\nipywidgets.IntSlider(description='a')"
-        notebook = execute(new_notebook(cells=[new_code_cell(source), new_code_cell("1 + 1")]), tmp_path)
+        notebook = new_notebook(cells=[new_code_cell(source), new_code_cell("1 + 1")])
+        cost = execute(notebook, tmp_path)
+        assert cost.seconds > 0
+        assert cost.peak_mb is None or cost.peak_mb > 10
+        assert [cell.execution_count for cell in notebook.cells] == [1, 2]
         slider, two = (cell.outputs[0].data for cell in notebook.cells)
         assert WIDGET_VIEW not in slider
         assert slider["text/plain"].startswith("IntSlider")
