@@ -10,7 +10,7 @@ from IPython.display import display
 
 from moe_edu.explorers.explorer import Explorer
 
-NAMES = ("router_board", "cluster")
+NAMES = ("router_board", "dispatch_rows", "cluster")
 
 
 def get(name: str) -> Explorer:
