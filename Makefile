@@ -11,7 +11,7 @@ LAB_STAMP := $(VENV)/.lab-is-installed
 TEST_STAMP := $(VENV)/.test-is-installed
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: lab test lint notebooks clean
+.PHONY: lab test lint notebooks site clean
 
 lab: $(LAB_STAMP)
 	$(BIN)/moe-edu lab
@@ -29,6 +29,10 @@ lint: $(TEST_STAMP)
 notebooks: $(TEST_STAMP)
 	$(BIN)/python -m moe_edu.lessons.execute notebooks/*.ipynb
 
+# A static book in build/site that opens from disk, without a network or a kernel.
+site: $(TEST_STAMP)
+	$(BIN)/python docs/build.py build/site
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -42,5 +46,5 @@ $(LAB_STAMP): $(BIN)/python $(REQUIREMENTS)
 	touch $@
 
 $(TEST_STAMP): $(BIN)/python $(REQUIREMENTS)
-	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e ".[lab,test]"
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e ".[lab,site,test]"
 	touch $@ $(LAB_STAMP)
