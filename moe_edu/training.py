@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from moe_edu.capstone import Pieces, assemble
 from moe_edu.data import Batch, Corpus, PairBatches, SentencePair, Tokenizer
 from moe_edu.evaluation import evaluate, sample_examples
 from moe_edu.losses import MoELoss, SpecialLossNormalizingFactor, moe_loss
@@ -68,10 +69,10 @@ def learning_rate_at(settings: TrainingSettings, step: int, progress: float) -> 
 
 
 def compute_loss(
-    output: TranslatorOutput, batch: Batch, settings: TrainingSettings
+    output: TranslatorOutput, batch: Batch, settings: TrainingSettings, pieces: Pieces | None = None
 ) -> tuple[MoELoss, tuple[ExpertMetrics, ...]]:
-    """The loss of one batch, per real target token, and what the routers did."""
-    metrics = collect_metrics(output.routing)
+    """The loss of one batch, per real target token, and what the routers did; `pieces` may bring the router losses."""
+    metrics = collect_metrics(output.routing) if pieces is None else pieces.collect_metrics(output.routing)
     loss = moe_loss(
         output.logits,
         batch.labels,
@@ -101,13 +102,16 @@ def expert_load(output: TranslatorOutput) -> dict[str, Tensor]:
 class Trainer:
     """A model and its optimizer, one step at a time."""
 
-    def __init__(self, model: MoETranslator, settings: TrainingSettings) -> None:
-        self.model = model
+    def __init__(
+        self, model: MoETranslator, settings: TrainingSettings, pieces: Pieces | None = None
+    ) -> None:
+        self.model = model if pieces is None else assemble(model, pieces)
         self.settings = settings
+        self.pieces = pieces
         self.device = model.shared.weight.device
         self.dtype = autocast_dtype(settings.precision, self.device)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            self.model.parameters(),
             lr=settings.learning_rate,
             betas=(0.9, 0.98),
             weight_decay=settings.weight_decay,
@@ -131,7 +135,7 @@ class Trainer:
             output = self.model(
                 batch.source_ids, batch.source_mask, batch.decoder_input_ids, batch.decoder_mask
             )
-            loss, metrics = compute_loss(output, batch, self.settings)
+            loss, metrics = compute_loss(output, batch, self.settings, self.pieces)
         self.scaler.scale(loss.total).backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
@@ -151,6 +155,7 @@ def train(
     settings: TrainingSettings | None = None,
     *,
     model_fields: Mapping[str, Any] | None = None,
+    pieces: Pieces | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     on_record: OnRecord | None = None,
@@ -165,6 +170,7 @@ def train(
         corpus: the shipped one (`load_corpus()`) or the reader's own.
         settings: None for the defaults.
         model_fields: `MoEConfig` fields that override `small_config`'s.
+        pieces: a learner's functions, to run in the place of ours; see `moe_edu.capstone`.
         out: where to leave the model, tokenizer, log, state and `result.json`; None keeps everything in memory.
         resume: go on from the state in `out`.
         on_record: called after each log line with the line and the translator, for live plots.
@@ -198,7 +204,7 @@ def train(
     # The caller's random state is none of our business, and ours must depend on the seed alone.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        trainer = Trainer(MoETranslator(config).to(device), settings)
+        trainer = Trainer(MoETranslator(config).to(device), settings, pieces)
         translator = TextTranslator(trainer.model, tokenizer)
         valid = sample_examples(corpus, "valid", targets, settings.eval_sentences, settings.seed)
         history, progress = run_loop(
