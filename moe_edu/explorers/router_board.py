@@ -43,7 +43,11 @@ def view(state: State) -> View:
         f"The router is surest of “{WORDS[surest]}”: expert {int(chosen[surest, 0])} has probability "
         f"{fixed(float(top[surest]))}. "
         + (f"Nobody chooses expert {listed(idle)}." if idle else "Every expert is chosen by somebody.")
-        + (f" {count(alone, 'word')} without a second expert." if two and alone else "")
+        + (
+            f" {count(alone, 'word')} {'has' if alone == 1 else 'have'} no second expert."
+            if two and alone
+            else ""
+        )
     )
     return {
         "probs": routing.probs.tolist(),
@@ -87,7 +91,7 @@ EXPLORER = Explorer(
             (("all", "all: the runner-up"), ("sampling", "sampling"), ("random", "random")),
             "all",
         ),
-        Slider("draw", "Draw", 1, _DRAWS, 1, 1),
+        Slider("draw", "Draw of the noise", 1, _DRAWS, 1, 1),
         Grid("logits", "Logits", -3.0, 5.0, 0.1, _ROWS),
     ),
     challenges=(

@@ -28,7 +28,7 @@ function compute(state, data) {
     probs: routed.map((word) => word.probs), chosen, gates, load,
     sentence: `The router is surest of “${data.words[surest]}”: expert ${chosen[surest][0]} has probability ${fixed(top)}. ` +
       (idle.length ? `Nobody chooses expert ${listed(idle)}.` : "Every expert is chosen by somebody.") +
-      (Number(state.choices) === 2 && alone ? ` ${count(alone, "word")} without a second expert.` : ""),
+      (Number(state.choices) === 2 && alone ? ` ${count(alone, "word")} ${alone === 1 ? "has" : "have"} no second expert.` : ""),
     met: [
       chosen[cat][0] !== chosen[chat][0],
       Math.max(...state.logits.flat()) <= 2.5 && top >= 0.95,
@@ -43,6 +43,7 @@ function draw(view, state, act, spec) {
   const place = (t, e) => ({ x: left + e * (width + 8), y: top + t * pitch, width, height });
   const moved = (t, e, value) => state.logits.map((row, i) => row.map((old, j) => (i === t && j === e ? value : old)));
   return [
+    label(106, 22, "experts", { anchor: "end", soft: true }),
     view.load.map((_, e) => expertTag(place(0, e).x, 4, width, spec.experts[e])),
     label(504, 22, "gates", { soft: true }),
     words.map((word, t) => chip(2, top + t * pitch + 3, 104, word, { language: languages[t] })),
@@ -64,7 +65,7 @@ function draw(view, state, act, spec) {
         x: 504 + (k ? 200 * view.gates[t][0] : 0), y: top + t * pitch + 6, width: 200 * view.gates[t][k], height: 24,
         fill: spec.experts[e].color, class: "tag", "stroke-dasharray": k ? "4 3" : null,
       }),
-      view.gates[t][k] > 0.2 && label(504 + 200 * (k ? view.gates[t][0] + view.gates[t][1] / 2 : view.gates[t][0] / 2), top + t * pitch + 23,
+      view.gates[t][k] > 0.14 && label(504 + 200 * (k ? view.gates[t][0] + view.gates[t][1] / 2 : view.gates[t][0] / 2), top + t * pitch + 23,
         fixed(view.gates[t][k]), { anchor: "middle", size: 12, fill: spec.experts[e].ink })))),
     label(left, top + words.length * pitch + 16, "large: logit (drag it, or use the arrow keys); small: probability", { size: 12, soft: true }),
     label(504, top + words.length * pitch + 16, "solid: first choice, dashed: second", { size: 12, soft: true }),
