@@ -10,7 +10,7 @@ from IPython.display import display
 
 from moe_edu.explorers.explorer import Explorer
 
-NAMES = ("router_board", "dispatch_rows", "cluster")
+NAMES = ("budget", "router_board", "dispatch_rows", "cluster", "two_of_128")
 
 
 def get(name: str) -> Explorer:
