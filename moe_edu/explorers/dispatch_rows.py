@@ -54,7 +54,9 @@ def _sentence(state: State, routing: RouterOutput, plan: DispatchPlan) -> str:
             return f"{word} chooses expert {first} first and expert {second} second: one word, two rows."
         case 2:
             rows = [str(row) for row in sorted(int(plan.row[2 * t + k]) for k in kept)]
-            where = f"stands in row{'s' if len(rows) > 1 else ''} {listed(rows)}" if rows else "has no row left"
+            where = (
+                f"stands in row{'s' if len(rows) > 1 else ''} {listed(rows)}" if rows else "has no row left"
+            )
             ending = f" {count(homeless, 'choice')} found no room and come last." if homeless > 1 else ""
             ending = " 1 choice found no room and comes last." if homeless == 1 else ending
             return f"Sorted by expert, {word} {where}.{ending}"

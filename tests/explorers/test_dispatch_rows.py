@@ -48,7 +48,10 @@ def test_the_mixture_in_the_sentence_is_the_layers():
 
 def test_says_who_comes_home_with_nothing():
     assert view(EXPLORER.state(step=5, capacity=1, word="le"))["sentence"].startswith("No expert took “le”")
-    assert view(EXPLORER.state(step=4, capacity=1, word="le"))["sentence"].endswith("Nothing returns to “le”.")
-    assert "“le” has no row left. 8 choices found no room" in view(
-        EXPLORER.state(step=2, capacity=1, word="le")
-    )["sentence"]
+    assert view(EXPLORER.state(step=4, capacity=1, word="le"))["sentence"].endswith(
+        "Nothing returns to “le”."
+    )
+    assert (
+        "“le” has no row left. 8 choices found no room"
+        in view(EXPLORER.state(step=2, capacity=1, word="le"))["sentence"]
+    )
