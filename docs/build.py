@@ -25,7 +25,7 @@ def build(output: Path) -> int:
     """Assemble the sources in a folder of their own and run Sphinx, warnings being errors."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder)
-        for name in ("conf.py", "static"):
+        for name in ("conf.py", "static", "teaching.md"):
             copy = shutil.copytree if (DOCS / name).is_dir() else shutil.copy
             copy(DOCS / name, source / name)
         shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", source / "static")

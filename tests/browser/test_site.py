@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 
 ROOT = Path(__file__).parents[2]
 LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -141,3 +142,18 @@ class TestInTheBrowser:
         page.goto(f"{address}/index.html")
         ink = page.locator(".moe-x text.ink").first.evaluate("e => getComputedStyle(e).fill")
         assert min(map(int, re.findall(r"\d+", ink)[:3])) > 128
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_barrier(browser, site, theme):
+    context = browser.new_context(color_scheme=theme, viewport={"width": 1280, "height": 900})
+    found = []
+    for path in sorted(site.glob("*.html")):
+        page = context.new_page()
+        page.goto(path.as_uri())
+        violations = Axe().run(page).response["violations"]
+        found += [(path.name, violation["id"], violation["nodes"][0]["html"]) for violation in violations]
+        page.close()
+    context.close()
+    assert found == []
