@@ -61,8 +61,9 @@ KEEP = (16, 12, 8, 4, 2, 1)
 LETTER_SETTINGS = TrainingSettings(
     steps=2500, batch_tokens=1000, learning_rate=5e-3, router_z_loss_factor=0.001
 )
-TRANSLATOR_SETTINGS = TrainingSettings(steps=2000)
-DECODER_SETTINGS = TrainingSettings(steps=1200, languages=MANY_TO_MANY, targets=None, vocab_size=2000)
+DECODER_SETTINGS = TrainingSettings(
+    steps=1200, languages=MANY_TO_MANY, targets=None, vocab_size=1500, learning_rate=3e-3
+)
 
 
 def load_results(model: str, directory: Path = RESULTS) -> dict[str, Any]:
@@ -194,23 +195,28 @@ def main(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def shared_options(
-    settings: TrainingSettings, each: int
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def measuring_options(each: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options that all three experiments have."""
+    return _options(
+        click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS),
+        click.option("--permutations", type=click.IntRange(0), default=PERMUTATIONS, help="Shuffles."),
+        click.option("--each", type=click.IntRange(1), default=each, help="Test sentences of each language."),
+    )
 
+
+def training_options(settings: TrainingSettings) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of those that train."""
+    return _options(
+        click.option("--steps", type=click.IntRange(1), default=settings.steps, help="Steps of training."),
+        click.option("--seeds", default="0,1,2", callback=parse_numbers, help="Comma-separated."),
+    )
+
+
+def _options(
+    *options: Callable[[Callable[..., None]], Callable[..., None]],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for option in (
-            click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS),
-            click.option("--permutations", type=click.IntRange(0), default=PERMUTATIONS, help="Shuffles."),
-            click.option(
-                "--each", type=click.IntRange(1), default=each, help="Test sentences of each language."
-            ),
-            click.option(
-                "--steps", type=click.IntRange(1), default=settings.steps, help="Steps of training."
-            ),
-            click.option("--seeds", default="0,1,2", callback=parse_numbers, help="Comma-separated."),
-        ):
+        for option in options:
             command = option(command)
         return command
 
@@ -227,7 +233,8 @@ def parse_numbers(_: click.Context, parameter: click.Parameter, text: str) -> tu
 
 
 @main.command()
-@shared_options(LETTER_SETTINGS, each=30)
+@training_options(LETTER_SETTINGS)
+@measuring_options(each=30)
 @click.option("--experts", type=click.IntRange(2), default=16)
 @click.option("--languages", default="all", help="FLORES-200 codes, comma-separated, or all.")
 def letters(
@@ -259,48 +266,53 @@ def letters(
         "mask_share": MASK_SHARE,
         "config": describe_config(model.encoder.config),
         "parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
+        "settings": asdict(settings),
     }
-    _finish(out, "letters", corpus.languages, settings, each, permutations, head, runs)
+    _finish(out, "letters", corpus.languages, each, permutations, head, runs)
 
 
 @main.command()
-@shared_options(TRANSLATOR_SETTINGS, each=60)
-@click.option("--languages", default="all", help="FLORES-200 codes, comma-separated, or all.")
-def translator(
-    seeds: tuple[int, ...], steps: int, each: int, permutations: int, out: Path, languages: str
-) -> None:
-    """Measure the translator that ships, and train others like it."""
-    corpus = load_corpus(None if languages == "all" else languages.split(","))
-    settings = replace(TRANSLATOR_SETTINGS, steps=steps, languages=corpus.languages)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder that `moe-edu train` wrote; may be repeated. The model that ships is always measured.",
+)
+@measuring_options(each=60)
+def translator(models: tuple[Path, ...], each: int, permutations: int, out: Path) -> None:
+    """Measure translators into English: the one that ships, and others that `moe-edu train` made.
+
+    Those of the shipped results: moe-edu train --out runs/7 --steps 3490 --learning-rate 3e-3 --warmup-steps 600
+    --seed 7, and the same with seed 8; then this command with --model runs/7 --model runs/8.
+    """
+    corpus = load_corpus()
     pairs = sample_pairs(corpus, corpus.languages, ["eng_Latn"], each)
-    shipped = json.loads((SHIPPED / RESULT_FILE).read_text(encoding="utf-8"))
     runs: list[dict[str, Any]] = []
-    for seed in (None, *seeds):
-        if seed is None:
-            trained, name, seed = load_pretrained(), "shipped", shipped["settings"]["seed"]
-            chrf = shipped["test"]["chrf"]
-        else:
-            result = train_translator(corpus, replace(settings, seed=seed), {}, TEST_SENTENCES)
-            trained, name, chrf = result.translator, f"{steps} steps", result.summary["test"]["chrf"]
+    for folder in (SHIPPED, *models):
+        summary = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        trained = load_pretrained(folder)
         runs.append(
             run_translator_seed(
                 trained,
                 pairs,
-                name=name,
-                seed=seed,
-                chrf=chrf,
+                name="shipped" if folder == SHIPPED else f"{summary['steps']} steps",
+                seed=summary["settings"]["seed"],
+                chrf=summary["test"]["chrf"],
                 permutations=permutations,
                 with_words=not runs,
             )
         )
-        click.echo(f"{name}, seed {seed}: chrF++ {chrf:.1f}")
+        runs[-1] |= {name: summary["settings"][name] for name in ("learning_rate", "warmup_steps")}
+        click.echo(f"{runs[-1]['model']}, seed {runs[-1]['seed']}: chrF++ {runs[-1]['chrf']}")
         _echo_lines(runs[-1])
     head = {"model": "translator", "config": describe_config(trained.model.config)}
-    _finish(out, "translator", corpus.languages, settings, each, permutations, head, runs)
+    _finish(out, "translator", corpus.languages, each, permutations, head, runs)
 
 
 @main.command()
-@shared_options(DECODER_SETTINGS, each=25)
+@training_options(DECODER_SETTINGS)
+@measuring_options(each=25)
 @click.option("--languages", default=",".join(MANY_TO_MANY), help="FLORES-200 codes, comma-separated.")
 def decoder(
     seeds: tuple[int, ...], steps: int, each: int, permutations: int, out: Path, languages: str
@@ -325,8 +337,12 @@ def decoder(
         )
         click.echo(f"seed {seed}: chrF++ {runs[-1]['chrf']:.1f}")
         _echo_lines(runs[-1])
-    head = {"model": "decoder", "config": describe_config(result.translator.model.config)}
-    _finish(out, "decoder", corpus.languages, settings, each, permutations, head, runs)
+    head = {
+        "model": "decoder",
+        "config": describe_config(result.translator.model.config),
+        "settings": asdict(settings),
+    }
+    _finish(out, "decoder", corpus.languages, each, permutations, head, runs)
 
 
 def _echo_lines(run: dict[str, Any]) -> None:
@@ -344,7 +360,6 @@ def _finish(
     out: Path,
     model: str,
     languages: Sequence[str],
-    settings: TrainingSettings,
     each: int,
     permutations: int,
     head: dict[str, Any],
@@ -359,7 +374,6 @@ def _finish(
             "languages": list(languages),
             "sentences_of_each": each,
             "permutations": permutations,
-            "settings": asdict(settings),
             "runs": runs,
         },
     )
