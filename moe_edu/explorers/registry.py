@@ -10,7 +10,18 @@ from IPython.display import display
 
 from moe_edu.explorers.explorer import Explorer
 
-NAMES = ("first_steps", "budget", "router_board", "capacity_queue", "dispatch_rows", "router_training", "routing_layers", "cluster", "two_of_128")
+NAMES = (
+    "first_steps",
+    "budget",
+    "router_board",
+    "capacity_queue",
+    "dispatch_rows",
+    "router_training",
+    "routing_layers",
+    "expert_map",
+    "cluster",
+    "two_of_128",
+)
 
 
 def get(name: str) -> Explorer:
