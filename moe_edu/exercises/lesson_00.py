@@ -16,7 +16,7 @@ _CHOICES = Exercise(
     "with a wrong number, then with the right one, and read the three answers.",
     difficulty="easy",
     importance="helpful",
-    minutes=1,
+    minutes=2,
     solution=12,
     mistakes=(
         Mistake(6, "That is one choice a word. Each word makes two."),
