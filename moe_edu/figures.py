@@ -131,6 +131,48 @@ def load_figure(loads: Mapping[str, Sequence[float]]) -> go.Figure:
     return _described(fig, "; ".join(described) + ".")
 
 
+def drop_rate_figure(
+    rates: Sequence[Sequence[float]], factors: Sequence[float], skews: Sequence[float]
+) -> go.Figure:
+    """The drop-rate surface as a map with height lines: the share of the tokens that no expert takes.
+
+    Args:
+        rates: shares from 0 to 1, a row a skew and a column a capacity factor, as `moe_edu.capacity.drop_rates` gives.
+        factors: capacity factors.
+        skews: skews of the router.
+    """
+    fig = go.Figure(
+        go.Contour(
+            x=list(factors),
+            y=list(skews),
+            z=[[round(rate, 3) for rate in row] for row in rates],
+            colorscale=[[0, "rgba(59,142,208,0)"], [1, "rgba(59,142,208,0.85)"]],
+            contours={"start": 0.05, "end": 0.95, "size": 0.05, "showlabels": True, "labelformat": ".0%"},
+            line={"color": _FALLBACK_INK, "width": 1},
+            showscale=False,  # the lines carry their heights
+            hovertemplate="factor %{x}, skew %{y}: %{z:.1%} dropped<extra></extra>",
+        )
+    )
+    _set_layout(fig, height=360, margin={"l": 56, "r": 24, "t": 28, "b": 48})
+    fig.update_layout(
+        title={"text": "Share of the tokens that no expert takes", "x": 0, "xref": "paper", "font_size": 13}
+    )
+    fig.update_xaxes(title_text="capacity factor")
+    fig.update_yaxes(title_text="skew")
+    flat = [
+        (rate, factor, skew)
+        for skew, row in zip(skews, rates, strict=True)
+        for factor, rate in zip(factors, row, strict=True)
+    ]
+    worst, factor, skew = max(flat, key=lambda cell: cell[0])
+    none = sum(rate == 0 for rate, *_ in flat)
+    return _described(
+        fig,
+        f"At most {worst:.0%} of the tokens are dropped, with capacity factor {factor:g} and skew {skew:g}; "
+        f"none in {none} of {len(flat)} settings.",
+    )
+
+
 def score_figure(scores: Mapping[str, float]) -> go.Figure:
     """One dot a name on a scale from 0 to 100, the best on top."""
     ranked = sorted(scores.items(), key=lambda item: item[1], reverse=True)
