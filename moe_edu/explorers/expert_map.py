@@ -125,7 +125,7 @@ EXPLORER = Explorer(
         ),
         Toggle("trained", "Trained", True),
         Slider("row", "Row", 0, len(LANGUAGES) - 1, 1, 6),
-        Slider("expert", "Expert", 0, 15, 1, 0),
+        Slider("expert", "Expert", 0, 15, 1, 13),
     ),
     challenges=(
         "In a trained model, find a language that sends 60 % or more to one expert.",
