@@ -60,7 +60,7 @@ function draw(view, state, act, spec) {
     label(side, 90, "most often in", { size: 12, soft: true }),
     view.words.length ? view.words.map((word, i) => label(side, 112 + i * 22, word.length > 18 ? `${word.slice(0, 17)}…` : word, { size: 14 }))
       : label(side, 112, "nothing", { soft: true }),
-    label(side, 208, `Who comes to expert ${view.expert}?`, { weight: 600 }),
+    label(side, 208, `Who comes to expert ${view.expert}?`, { weight: 600, size: 13 }),
     label(side, 226, "by script, languages alike", { size: 12, soft: true }),
     view.scripts.slice(0, 4).map(([script, part], i) => bar(script, part, i)),
   ];
