@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_edu.exercises.exercise import Exercise, Mistake
 
@@ -321,64 +320,55 @@ _GIVE_UP = Exercise(
 )
 
 
-def route_with_noise(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """logits and noise [T, E] to (second choice [T], the router's logits [T, E], which a loss reads later)."""
-    first = F.one_hot(logits.argmax(dim=-1), logits.shape[1]).bool()
-    second = (logits + noise).masked_fill(first, float("-inf")).argmax(dim=-1)
-    return second, logits
+def gate_gradient(logits: Tensor) -> Tensor:
+    """logits [T, E] to [T, E]: the derivative of each token's first gate by its logits, normalised top-2 gates."""
+    best = logits.topk(2, dim=1)
+    g1, g2 = best.values.softmax(dim=1).unbind(dim=1)
+    slope = g1 * g2
+    return torch.zeros_like(logits).scatter(1, best.indices, torch.stack([slope, -slope], dim=1))
 
 
-def _published_route_with_noise(router_logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """logits and noise [T, E] to (second choice [T], the router's logits [T, E], which a loss reads later)."""
-    top_1_expert_index = torch.argmax(router_logits, dim=-1)
-    top_1_mask = F.one_hot(top_1_expert_index, router_logits.shape[1])
-    router_logits += noise
-    logits_except_top_1 = router_logits.masked_fill(top_1_mask.bool(), float("-inf"))
-    top_2_expert_index = torch.argmax(logits_except_top_1, dim=-1)
-    return top_2_expert_index, router_logits
+def _gradient_of_softmax(logits: Tensor) -> Tensor:
+    probs = logits.softmax(dim=1)
+    p1, first = probs.max(dim=1, keepdim=True)
+    return p1 * (torch.zeros_like(logits).scatter(1, first, 1.0) - probs)
 
 
-def _draw_logits_and_noise(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    logits, u = _draw_logits_and_uniform(generator)
-    return logits, -torch.log(-torch.log(u))
+def _gradient_of_one_sign(logits: Tensor) -> Tensor:
+    return gate_gradient(logits).abs()
 
 
-def _route_without_noise(router_logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    first = router_logits.argmax(dim=-1, keepdim=True)
-    return router_logits.scatter(1, first, -torch.inf).argmax(dim=-1), router_logits
+def _gradient_of_second_gate(logits: Tensor) -> Tensor:
+    return -gate_gradient(logits)
 
 
-def _route_with_masked_logits(router_logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    first = router_logits.argmax(dim=-1, keepdim=True)
-    masked = (router_logits + noise).scatter(1, first, -torch.inf)
-    return masked.argmax(dim=-1), masked
-
-
-_IN_PLACE = Exercise(
+_GATE_GRADIENT = Exercise(
     key="02.6",
-    title="Find the bug: noise that stays",
-    task="The second choice is right. But the returned logits, which a loss of lesson 5 reads, are full of "
-    "noise. Mend one line.",
-    difficulty="easy",
-    importance="important",
-    minutes=5,
-    solution=route_with_noise,
-    starter=_published_route_with_noise,
-    origin="transformers 4.57.6, `models/nllb_moe/modeling_nllb_moe.py`, policy `sampling`",
-    draw=_draw_logits_and_noise,
+    title="What the router can learn",
+    task="Write the derivative of each token's first gate, $g_1 = p_1 / (p_1 + p_2)$, by its logits, as a formula: "
+    "no autograd. Section 5 shows one row of it.",
+    difficulty="medium",
+    importance="helpful",
+    minutes=10,
+    solution=gate_gradient,
+    draw=_draw_logits,
     mistakes=(
         Mistake(
-            _route_without_noise,
-            "Now nothing is noisy, and the second choice is never drawn. Only the choice needs the noise.",
+            _gradient_of_softmax,
+            "That is the derivative of p1, which depends on all logits. In g1 all but the two chosen cancel out.",
         ),
         Mistake(
-            _route_with_masked_logits,
-            "You return the scores of the choice, noise and mask included. Return the logits that came in.",
+            _gradient_of_one_sign,
+            "A higher second logit lowers the first gate: the two derivatives have opposite signs.",
+        ),
+        Mistake(
+            _gradient_of_second_gate, "That is the derivative of the second gate, which goes the other way."
         ),
     ),
     hints=(
-        "What does `+=` do to a tensor that the caller still holds?",
-        "Give the noisy scores a name of their own: `noisy = router_logits + noise`.",
+        "The first gate is a sigmoid of the difference of the two chosen logits.",
+        "The sigmoid's slope is `g1 * g2`: plus at the first choice, minus at the second, 0 elsewhere.",
+        "Build it with `torch.zeros_like(logits).scatter(1, indices, values)`.",
     ),
 )
 
@@ -410,6 +400,6 @@ EXERCISES = (
     _GATES,
     _SAMPLE_SECOND,
     _GIVE_UP,
-    _IN_PLACE,
+    _GATE_GRADIENT,
     _KEPT_BY_CHANCE,
 )
