@@ -283,8 +283,8 @@ def letters(
 def translator(models: tuple[Path, ...], each: int, permutations: int, out: Path) -> None:
     """Measure translators into English: the one that ships, and others that `moe-edu train` made.
 
-    Those of the shipped results: moe-edu train --out runs/7 --steps 3490 --learning-rate 3e-3 --warmup-steps 600
-    --seed 7, and the same with seed 8; then this command with --model runs/7 --model runs/8.
+    Those of the shipped results were made with moe-edu train --learning-rate 3e-3 --warmup-steps 600, and with
+    --seconds 150 --seed 7 (3,490 steps there) or --steps 3490 --seed 8.
     """
     corpus = load_corpus()
     pairs = sample_pairs(corpus, corpus.languages, ["eng_Latn"], each)
