@@ -328,6 +328,8 @@ def _check_result(which: str, result: Any, ours: Tensor) -> None:
         raise PieceError(f"{which} is {result.dtype} instead of {ours.dtype}")
     right = torch.isclose(result, ours, rtol=TOLERANCE, atol=TOLERANCE)
     if not right.all():
+        if ours.ndim == 0:
+            raise PieceError(f"{which} gives {result.item():.4g} where ours gives {ours.item():.4g}")
         share = right.float().mean().item()
         raise PieceError(f"{which} has the right shape, but only {share:.0%} of its values agree with ours")
 

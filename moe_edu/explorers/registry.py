@@ -18,6 +18,7 @@ NAMES = (
     "dispatch_rows",
     "router_training",
     "routing_layers",
+    "learning_curve",
     "expert_map",
     "cluster",
     "two_of_128",
