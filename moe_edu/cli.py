@@ -98,7 +98,7 @@ def _split_codes(text: str) -> tuple[str, ...] | None:
 
 
 @main.command()
-@click.argument("notebook", default="07_train_a_multilingual_model.ipynb")
+@click.argument("notebook", default="00_start_here.ipynb")
 @click.option(
     "--port", type=int, default=None, help="Port of the server; by default the first free one from 8888."
 )

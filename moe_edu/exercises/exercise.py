@@ -97,7 +97,7 @@ class Exercise:
         found = f" Found in {self.origin}." if self.origin else ""
         return (
             f"### {self.key} {self.title}\n\n{self.task}{found}\n\n"
-            f"*{self.difficulty.capitalize()}, {self.importance}, {self.minutes} minutes.*"
+            f"*{self.difficulty.capitalize()}, {self.importance}, {self.minutes} minute{'' if self.minutes == 1 else 's'}.*"
         )
 
     def cell_source(self) -> str:

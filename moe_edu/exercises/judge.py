@@ -70,7 +70,7 @@ def _judge_function(exercise: Exercise, answer: Any, seed: int) -> Verdict:
         return Verdict("wrong", "Your function gives nothing back: does it end with `return`?")
     if exercise.starter is not None and _behaves_like(exercise.starter, trials, exercise.tolerance):
         return Verdict(
-            "not attempted", "This still does what the published code does. Find its mistake and mend it."
+            "not attempted", "This still does what the given code does. Find its mistake and mend it."
         )
     comparisons = [
         compare(trial.result, _call(exercise.solution, trial.arguments).result, exercise.tolerance)

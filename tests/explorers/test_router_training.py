@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edu import load_balancing_loss, router_z_loss
+from moe_edu import explorers, load_balancing_loss, router_z_loss
 from moe_edu.explorers.router_training import (
     EXPLORER,
     LEARNING_RATE,
@@ -71,3 +71,10 @@ def test_steps_do_not_change_what_they_are_given():
     before = [part.copy() for part in weights]
     step(x, weights, 0.1, 0.1)
     assert all(map(np.array_equal, weights, before))
+
+
+def test_a_small_balance_weight_brings_a_second_expert_back():
+    """What lesson 05 says of seed 1."""
+    explorer = explorers.get("router_training")
+    assert explorer.view(explorer.state(seed=1, balance=0.0))["alive"] == 1
+    assert explorer.view(explorer.state(seed=1, balance=0.05))["alive"] == 2

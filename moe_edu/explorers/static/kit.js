@@ -183,7 +183,7 @@ const STYLE = `
 .moe-x output { font-variant-numeric: tabular-nums; min-width: 44px; }
 .moe-x svg { display: block; width: 100%; height: auto; touch-action: pan-y; user-select: none; }
 .moe-x .moe-x-sentence { min-height: 2.8em; }
-.moe-x ul { list-style: none; display: flex; flex-wrap: wrap; gap: 6px 8px; margin: 8px 0; padding: 0; }
+.moe-x ul { list-style: none; display: flex; flex-wrap: wrap; gap: 6px 8px; margin: 8px 0 !important; padding: 0 !important; }
 .moe-x li { border: 1px dashed var(--moe-line); border-radius: 12px; padding: 2px 10px; font-size: 13px; margin: 0; }
 .moe-x li.met { border-style: solid; font-weight: 600; }
 .moe-x :focus-visible { outline: 2px solid var(--moe-hue); outline-offset: 2px; }`;
