@@ -1,6 +1,8 @@
 """Each back end against the slow loop, forward and in every gradient; the whole sparse layer likewise."""
 
 import copy
+import mmap
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_edu.config import MoEConfig
 from moe_edu.dispatch import permute, plan_dispatch, unpermute
-from moe_edu.experts import Experts, _grouped_cuda, _loop, choose_backend
+from moe_edu.experts import Experts, _empty_gradient, _grouped_cuda, _loop, choose_backend
 from moe_edu.layers import SparseMLP
 from moe_edu.reference import loop_gating, loop_sparse_mlp
 from moe_edu.routing import RouterOutput, top2_gating
@@ -237,6 +239,47 @@ def test_auto_picks_a_back_end_that_exists():
         other = SparseMLP(make_config(3, 4), 5, backend)
         other.load_state_dict(layer.state_dict())
         torch.testing.assert_close(other(hidden)[0], layer(hidden)[0])
+
+
+class TestLargeGradients:
+    """Gradients of 32 MiB and more lie on huge pages: the same numbers in another kind of memory."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_equal_the_float64_loop(self, dtype, monkeypatch):
+        monkeypatch.setattr("moe_edu.experts._LARGE_BYTES", 0)
+        check_layer(SparseMLP(make_config(5, 9, expert_capacity=3), 11, "grouped"), dtype, "cpu")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="huge pages on demand are Linux's")
+    @pytest.mark.parametrize("advice", [None, OSError("no huge pages here")])
+    def test_a_kernel_without_huge_pages_is_as_good(self, advice, monkeypatch):
+        asked = []
+
+        class Pages(mmap.mmap):
+            def madvise(self, option, *range_):
+                asked.append(option)
+                if advice is not None:
+                    raise advice
+
+        monkeypatch.setattr("moe_edu.experts._LARGE_BYTES", 0)
+        monkeypatch.setattr(mmap, "mmap", Pages)
+        check_layer(SparseMLP(make_config(5, 9, expert_capacity=3), 11, "grouped"), torch.float32, "cpu")
+        assert set(asked) == {mmap.MADV_HUGEPAGE}
+
+    def test_a_gradient_is_taken_over_without_a_copy(self, monkeypatch):
+        """Else the pages would be written twice."""
+        made = []
+
+        def remember(weight, make=_empty_gradient):
+            made.append(make(weight))
+            return made[-1].view(weight.shape)
+
+        monkeypatch.setattr("moe_edu.experts._LARGE_BYTES", 0)
+        monkeypatch.setattr("moe_edu.experts._empty_gradient", remember)
+        layer = SparseMLP(make_config(5, 9), 11, "grouped")
+        layer(torch.randn(2, 7, 9))[0].sum().backward()
+        assert {layer.experts.w1.grad.data_ptr(), layer.experts.w2.grad.data_ptr()} == {
+            t.data_ptr() for t in made
+        }
 
 
 @pytest.mark.gpu
