@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
         rows, *weights = (t.to(dtype) for t in (rows, self.w1, self.b1, self.w2, self.b2))
-        backend = choose_backend(rows) if self.backend == "auto" else self.backend
+        backend = explain_backend(self, dtype).backend
         if backend == "loop":
             return _loop(rows, counts, self._hidden, weights)
         if backend == "padded":
@@ -77,16 +77,42 @@ class Experts(nn.Module):
         return hidden
 
 
-def choose_backend(rows: Tensor) -> Backend:
-    """The back end that "auto" stands for: grouped products where the device has them, padded ones elsewhere.
+class BackendChoice(NamedTuple):
+    """The back end that runs, and why."""
 
-    CUDA's grouped product takes bf16 on compute capability 8.0 and above, with rows of a multiple of 16 bytes.
+    backend: Backend
+    reason: str
+
+
+def explain_backend(experts: Experts, dtype: torch.dtype | None = None) -> BackendChoice:
+    """Which back end `experts`, such as `SparseMLP(config).experts`, runs where it is now, and why.
+
+    Args:
+        experts: their weights' device decides.
+        dtype: of the products, which under autocast is autocast's; None for that of the weights.
     """
-    if rows.device.type != "cuda":
-        return "grouped"
-    aligned = rows.shape[1] * rows.element_size() % 16 == 0
-    has_grouped = rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    return "grouped" if aligned and has_grouped else "padded"
+    if experts.backend != "auto":
+        return BackendChoice(experts.backend, "it was named when the layer was made")
+    return choose_backend(experts.w1.device, dtype or experts.w1.dtype, experts.w1.shape[2])
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, d_model: int) -> BackendChoice:
+    """The back end that "auto" stands for: grouped products where the device has them, padded ones elsewhere."""
+    if device.type != "cuda":
+        return BackendChoice(
+            "grouped", f"on {device.type} one product an expert, over exactly its rows, is fastest"
+        )
+    if dtype != torch.bfloat16:
+        return BackendChoice(
+            "padded", f"CUDA's grouped product takes bfloat16, not {str(dtype).removeprefix('torch.')}"
+        )
+    if d_model * dtype.itemsize % 16 != 0:
+        return BackendChoice(
+            "padded", f"CUDA's grouped product takes rows of whole 16 bytes, not {d_model * 2}"
+        )
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return BackendChoice("padded", "CUDA's grouped product takes a GPU of compute capability 8.0 or more")
+    return BackendChoice("grouped", "CUDA multiplies the rows of all experts in one grouped product")
 
 
 Weights = Sequence[Tensor]  # w1, b1, w2, b2 in the dtype of the rows

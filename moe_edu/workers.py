@@ -37,10 +37,12 @@ class WorkerPool:
     While it is open, this process and each worker use their share of PyTorch's CPU threads.
 
     Attributes:
+        count: the workers, this process left out.
         weights, gradients: `[parameters]` each, shared memory for the main process's own model.
     """
 
     def __init__(self, count: int, model: MoETranslator, settings: TrainingSettings) -> None:
+        self.count = count
         self._all_threads = torch.get_num_threads()
         threads = max(1, self._all_threads // (1 + count))
         torch.set_num_threads(threads)

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moe_edu
 from moe_edu.config import MoEConfig
 from moe_edu.dispatch import permute, plan_dispatch, unpermute
-from moe_edu.experts import Experts, _empty_gradient, _grouped_cuda, _loop, choose_backend
+from moe_edu.experts import BackendChoice, Experts, _empty_gradient, _grouped_cuda, _loop, choose_backend
 from moe_edu.layers import SparseMLP
 from moe_edu.reference import loop_gating, loop_sparse_mlp
 from moe_edu.routing import RouterOutput, top2_gating
@@ -230,8 +231,46 @@ def test_rows_of_nobody_come_back_finite_and_get_no_gradient(backend):
     assert grad[:3].any()
 
 
+class TestChoice:
+    def test_a_named_back_end_runs(self):
+        for backend in BACKENDS:
+            choice = moe_edu.explain_backend(SparseMLP(make_config(3, 4), 5, backend).experts)
+            assert choice.backend == backend
+            assert "named" in choice.reason
+
+    @pytest.mark.parametrize(
+        ("dtype", "d_model", "capability", "backend", "reason"),
+        [
+            (torch.bfloat16, 64, (8, 0), "grouped", "one grouped product"),
+            (torch.bfloat16, 9, (9, 0), "padded", "16 bytes, not 18"),
+            (torch.float16, 64, (9, 0), "padded", "not float16"),
+            (torch.bfloat16, 64, (7, 5), "padded", "compute capability"),
+        ],
+    )
+    def test_gpu(self, dtype, d_model, capability, backend, reason, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        choice = choose_backend(torch.device("cuda"), dtype, d_model)
+        assert choice.backend == backend
+        assert reason in choice.reason
+
+    def test_what_is_explained_is_what_runs(self, monkeypatch):
+        """Under autocast, too, whose dtype is not the weights'."""
+        asked = []
+
+        def remember(device, dtype, d_model):
+            asked.append(dtype)
+            return BackendChoice("padded", "it is a test")
+
+        monkeypatch.setattr("moe_edu.experts.choose_backend", remember)
+        layer = SparseMLP(make_config(3, 4), 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(torch.randn(2, 5, 4))
+        assert moe_edu.explain_backend(layer.experts).reason == "it is a test"
+        assert asked == [torch.bfloat16, torch.float32]
+
+
 def test_auto_picks_a_back_end_that_exists():
-    assert choose_backend(torch.zeros(2, 3)) in BACKENDS
+    assert choose_backend(torch.device("cpu"), torch.float32, 3).backend in BACKENDS
     layer = SparseMLP(make_config(3, 4), 5)
     assert layer.experts.backend == "auto"
     hidden = torch.randn(2, 5, 4)
