@@ -11,14 +11,14 @@ LAB_STAMP := $(VENV)/.lab-is-installed
 TEST_STAMP := $(VENV)/.test-is-installed
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: lab test lint notebooks clean
+.PHONY: lab test lint notebooks site clean
 
 lab: $(LAB_STAMP)
 	$(BIN)/moe-edu lab
 
 test: $(TEST_STAMP) lint
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval notebooks
+	MOE_EDU_PROGRESS=$(abspath $(VENV))/progress.json $(BIN)/python -m pytest --nbval notebooks
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
@@ -28,6 +28,10 @@ lint: $(TEST_STAMP)
 # Runs every notebook from top to bottom and saves it with its outputs, without widget state.
 notebooks: $(TEST_STAMP)
 	$(BIN)/python -m moe_edu.lessons.execute notebooks/*.ipynb
+
+# A static book in build/site that opens from disk, without a network or a kernel.
+site: $(TEST_STAMP)
+	$(BIN)/python docs/build.py build/site
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -42,5 +46,5 @@ $(LAB_STAMP): $(BIN)/python $(REQUIREMENTS)
 	touch $@
 
 $(TEST_STAMP): $(BIN)/python $(REQUIREMENTS)
-	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e ".[lab,test]"
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e ".[lab,site,test]"
 	touch $@ $(LAB_STAMP)

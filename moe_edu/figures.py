@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -151,6 +152,88 @@ def score_figure(scores: Mapping[str, float]) -> go.Figure:
     fig.update_yaxes(autorange="reversed", automargin=True, tickmode="linear", tickfont_size=11)
     (best, top), (worst, bottom) = ranked[0], ranked[-1]
     return _described(fig, f"From {best} with {top:.1f} down to {worst} with {bottom:.1f}.")
+
+
+def sweep_figure(
+    lines: Mapping[str, Mapping[float, Sequence[float]]], x_title: str, y_title: str, top: float = 1.0
+) -> go.Figure:
+    """A dot for every run and a line through the means, on a logarithmic horizontal axis.
+
+    Args:
+        lines: name -> setting -> one value a seed, as `{"recall": {1: [0.5, 0.52], 8: [0.6, 0.61]}}`.
+        x_title, y_title: of the axes.
+        top: where the vertical axis, which begins at 0, ends.
+    """
+    fig = go.Figure()
+    ends = []
+    for (name, runs), symbol, dash in zip(
+        lines.items(),
+        ("circle", "diamond-open", "square", "x"),
+        ("solid", "dash", "dot", "dashdot"),
+        strict=False,
+    ):
+        settings = sorted(runs)
+        means = [round(fmean(runs[setting]), 3) for setting in settings]
+        dots = [(setting, value) for setting in settings for value in runs[setting]]
+        fig.add_scatter(
+            x=[setting for setting, _ in dots],
+            y=[round(value, 3) for _, value in dots],
+            mode="markers",
+            marker={"color": _FALLBACK_INK, "size": 6, "symbol": symbol},
+            hovertemplate=f"{escape(name)}: %{{y}}<extra>%{{x}}</extra>",
+        )
+        fig.add_scatter(x=settings, y=means, mode="lines", hoverinfo="skip", line_dash=dash, line_width=1.5)
+        fig.add_annotation(
+            text=escape(name),
+            x=1.01,
+            xref="paper",
+            xanchor="left",
+            y=means[-1],
+            showarrow=False,
+            font_size=12,
+        )
+        ends.append(
+            f"{name} goes from {means[0]:.2f} at {settings[0]:g} to {means[-1]:.2f} at {settings[-1]:g}"
+        )
+    ticks = sorted({setting for runs in lines.values() for setting in runs})
+    _set_layout(fig, height=340, margin={"l": 56, "r": 148, "t": 8, "b": 48})
+    fig.update_traces(line_color=_FALLBACK_INK)
+    fig.update_xaxes(
+        type="log",
+        tickvals=ticks,
+        ticktext=[f"{tick:g}" for tick in ticks],
+        title_text=x_title,
+        showgrid=False,
+    )
+    fig.update_yaxes(range=[0, top], title_text=y_title)
+    return _described(fig, "; ".join(ends) + ".")
+
+
+def dots_figure(runs: Mapping[str, Sequence[float]], x_title: str) -> go.Figure:
+    """A row a name, a dot for every run, a bar at the mean with its number; in the order given."""
+    fig = go.Figure()
+    means = {name: fmean(values) for name, values in runs.items()}
+    fig.add_scatter(
+        x=[round(value, 3) for values in runs.values() for value in values],
+        y=[name for name, values in runs.items() for _ in values],
+        mode="markers",
+        marker={"color": _FALLBACK_INK, "size": 6},
+        hovertemplate="%{y}: %{x}<extra></extra>",
+    )
+    fig.add_scatter(
+        x=[round(mean, 3) for mean in means.values()],
+        y=list(means),
+        mode="markers+text",
+        marker={"color": _FALLBACK_INK, "size": 16, "symbol": "line-ns-open"},
+        text=[f"{mean:.2f}" for mean in means.values()],
+        textposition="top right",
+        textfont_size=11,
+        hoverinfo="skip",
+    )
+    _set_layout(fig, height=84 + 34 * len(runs), margin={"l": 8, "r": 24, "t": 16, "b": 44})
+    fig.update_xaxes(title_text=x_title, rangemode="tozero")
+    fig.update_yaxes(autorange="reversed", automargin=True, ticksuffix="  ")
+    return _described(fig, "; ".join(f"{name}: {mean:.2f}" for name, mean in means.items()) + ".")
 
 
 def table_html(header: Sequence[str], rows: Iterable[Sequence[str | int]], caption: str = "") -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
+from moe_edu.capstone import Pieces
 from moe_edu.data import Batch
 from moe_edu.losses import MoELoss, SpecialLossNormalizingFactor, moe_loss
 from moe_edu.metrics import ExpertMetrics, collect_metrics
@@ -57,7 +58,11 @@ def cut_shards(batch: Batch, parts: int, seed: int, step: int) -> list[Shard]:
 
 
 def add_gradients(
-    model: MoETranslator, shard: Shard, settings: TrainingSettings, loss_scale: Tensor | float = 1.0
+    model: MoETranslator,
+    shard: Shard,
+    settings: TrainingSettings,
+    pieces: Pieces | None = None,
+    loss_scale: Tensor | float = 1.0,
 ) -> ShardResult:
     """Add the shard's share of the gradients, times `loss_scale`, to the parameters'. Draws from its own seed alone."""
     device = model.shared.weight.device
@@ -70,7 +75,7 @@ def add_gradients(
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             batch = shard.batch.to(device)
             output = model(batch.source_ids, batch.source_mask, batch.decoder_input_ids, batch.decoder_mask)
-            loss, metrics = compute_loss(output, batch, settings)
+            loss, metrics = compute_loss(output, batch, settings, pieces)
         (loss.total * (loss_scale * shard.weight)).backward()
     detached = MoELoss(*(part.detach() for part in loss))
     return ShardResult(detached, metrics, expert_load(output))
@@ -100,10 +105,10 @@ def mean_load(results: Sequence[ShardResult]) -> dict[str, Tensor]:
 
 
 def compute_loss(
-    output: TranslatorOutput, batch: Batch, settings: TrainingSettings
+    output: TranslatorOutput, batch: Batch, settings: TrainingSettings, pieces: Pieces | None = None
 ) -> tuple[MoELoss, tuple[ExpertMetrics, ...]]:
-    """The loss of one batch, per real target token, and what the routers did."""
-    metrics = collect_metrics(output.routing)
+    """The loss of one batch, per real target token, and what the routers did; `pieces` may bring the router losses."""
+    metrics = collect_metrics(output.routing) if pieces is None else pieces.collect_metrics(output.routing)
     loss = moe_loss(
         output.logits,
         batch.labels,

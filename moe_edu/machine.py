@@ -1,11 +1,97 @@
-"""What this machine is and has: the device to compute on, and the memory used."""
+"""What this machine is and has: the device to compute on, the memory used, and what it is good for."""
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+_OLDEST_TORCH = (2, 10)
+# Where Linux containers (Binder, Colab, Docker) say how much memory they may use: control groups, version 2 and 1.
+_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class Machine(NamedTuple):
+    """What a machine has for the lessons.
+
+    Attributes:
+        python: version of Python.
+        torch: version of PyTorch.
+        cores: CPU cores that this process may use.
+        memory_gb: memory that it may use, in GB (10^9 bytes); None where the system does not say.
+        gpu: name of the NVIDIA GPU that PyTorch can use; None without one.
+        gpu_memory_gb: its memory in GB; None without one.
+    """
+
+    python: str
+    torch: str
+    cores: int
+    memory_gb: float | None
+    gpu: str | None = None
+    gpu_memory_gb: float | None = None
+
+
+def this_machine() -> Machine:
+    """Look at the machine that this runs on."""
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cores=cores,
+        memory_gb=_usable_memory_gb(),
+        gpu=gpu.name if gpu else None,
+        gpu_memory_gb=gpu.total_memory / 1e9 if gpu else None,
+    )
+
+
+def advise(machine: Machine) -> tuple[str, ...]:
+    """What a reader of the lessons should know about their machine, in plain sentences."""
+    sentences = []
+    if tuple(int(number) for number in machine.torch.split(".")[:2]) < _OLDEST_TORCH:
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        sentences.append(f"PyTorch {machine.torch} is too old: install {oldest} or newer.")
+    if machine.cores == 1:
+        sentences.append("One CPU core is enough for every lesson; other programs will slow it down.")
+    else:
+        sentences.append(f"{machine.cores} CPU cores are more than enough: a lesson computes on one.")
+    if machine.memory_gb is None:
+        sentences.append("Your system does not say how much memory it has; a lesson needs 1 GB.")
+    elif machine.memory_gb < 1:
+        sentences.append(
+            f"{machine.memory_gb:.1f} GB of memory are little: close other programs, and expect the system to stop "
+            "lessons 7 to 9. Binder or Colab have more."
+        )
+    elif machine.memory_gb < 3:
+        sentences.append(
+            f"{machine.memory_gb:.1f} GB of memory are enough for one lesson at a time: shut down its kernel before "
+            "you open the next."
+        )
+    else:
+        sentences.append(f"{machine.memory_gb:.0f} GB of memory are plenty: a lesson needs 1.")
+    if machine.gpu is None:
+        sentences.append("There is no GPU for PyTorch, and none is needed.")
+    else:
+        sentences.append(
+            f"Training will use your {machine.gpu}, with {machine.gpu_memory_gb:.0f} GB of its own."
+        )
+    return tuple(sentences)
+
+
+def _usable_memory_gb() -> float | None:
+    """The machine's memory, or what its container may use of it."""
+    if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys():
+        return None  # Windows
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in _MEMORY_LIMITS:
+        path = Path(name)
+        if path.is_file() and (limit := path.read_text("ascii").strip()).isdigit():
+            sizes.append(int(limit))
+    return min(sizes) / 1e9
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from tqdm.auto import tqdm
 
+from moe_edu.capstone import Pieces, assemble
 from moe_edu.data import Batch, Corpus, PairBatches, SentencePair, Tokenizer
 from moe_edu.evaluation import evaluate, sample_examples
 from moe_edu.gradients import add_gradients, autocast_dtype, bind_parameters, cut_shards, mean_load, mean_loss
@@ -79,10 +80,17 @@ class Trainer:
     """
 
     def __init__(
-        self, model: MoETranslator, settings: TrainingSettings, workers: WorkerPool | None = None
+        self,
+        model: MoETranslator,
+        settings: TrainingSettings,
+        pieces: Pieces | None = None,
+        workers: WorkerPool | None = None,
     ) -> None:
+        model = model if pieces is None else assemble(model, pieces)
         self.model = model
+        self.pieces = pieces
         self.settings = settings
+        self.pieces = pieces
         self.device = model.shared.weight.device
         self.workers = workers
         self.steps_done = 0
@@ -120,7 +128,7 @@ class Trainer:
             self.workers.start(shards[1:])
         scale = self.scaler.scale(self.gradients.new_ones(()))
         local = shards if self.workers is None else shards[:1]
-        results = [add_gradients(self.model, shard, self.settings, scale) for shard in local]
+        results = [add_gradients(self.model, shard, self.settings, self.pieces, scale) for shard in local]
         if self.workers is not None:
             results += self.workers.finish(len(shards) - 1)
         loss = mean_loss(shards, results)
@@ -147,6 +155,7 @@ def train(
     settings: TrainingSettings | None = None,
     *,
     model_fields: Mapping[str, Any] | None = None,
+    pieces: Pieces | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     processes: int | None = None,
@@ -162,6 +171,7 @@ def train(
         corpus: the shipped one (`load_corpus()`) or the reader's own.
         settings: None for the defaults.
         model_fields: `MoEConfig` fields that override `small_config`'s.
+        pieces: a learner's functions, to run in the place of ours; see `moe_edu.capstone`.
         out: where to leave the model, tokenizer, log, state and `result.json`; None keeps everything in memory.
         resume: go on from the state in `out`.
         processes: 1, or as many as the batch has shards, on the CPU; None is the latter where there are so many cores.
@@ -198,23 +208,24 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         model = MoETranslator(config).to(device)
-    translator = TextTranslator(model, tokenizer)
     valid = sample_examples(corpus, "valid", targets, settings.eval_sentences, settings.seed)
-    with start_workers(model, settings, processes) as workers:
-        trainer = Trainer(model, settings, workers)
+    # A learner's functions cannot be sent to another process.
+    with start_workers(model, settings, processes if pieces is None else 1) as workers:
+        trainer = Trainer(model, settings, pieces, workers)
+        translator = TextTranslator(trainer.model, tokenizer)
         history, progress = run_loop(
             trainer, translator, batches, valid, directory, resume, on_record, show_progress, checkpoint_every
         )
         workers_mb = 0.0 if workers is None else workers.peak_memory_mb()
-    model.eval()
-    test = sample_examples(corpus, "test", targets, test_sentences, settings.seed)
+    trainer.model.eval()
+    test = evaluate(translator, sample_examples(corpus, "test", targets, test_sentences, settings.seed))
     own_mb = peak_memory_mb()
     summary = {
         "seconds": round(progress.seconds, 1),
         "steps": progress.step,
         "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9)),
         "parameters": trainer.weights.numel(),
-        "test": evaluate(translator, test).to_json(),
+        "test": test.to_json(),
         "peak_rss_mb": None if own_mb is None else own_mb + workers_mb,
         "settings": asdict(settings),
         "config": asdict(config),

@@ -28,6 +28,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _progress_of_its_own(tmp_path, monkeypatch):
+    """Exercises that tests solve are not the developer's."""
+    monkeypatch.setenv("MOE_EDU_PROGRESS", str(tmp_path / "progress.json"))
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """Make a small MoEConfig without dropout, whose weights are large enough to tell experts apart."""

@@ -2,6 +2,7 @@
 
 import itertools
 from html.parser import HTMLParser
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from moe_edu.figures import (
     Snapshot,
     describe_history,
     describe_routing,
+    dots_figure,
     load_figure,
     routing_html,
     score_figure,
     snapshots_html,
+    sweep_figure,
     table_html,
     tokens_html,
     training_figure,
@@ -227,3 +230,27 @@ class TestRouting:
         firsts = routing.expert_index[:, 0].tolist()
         most = max(len(list(group)) for _, group in itertools.groupby(sorted(firsts)))
         assert f"is the first choice of {most} of 6 tokens" in describe_routing(tokens, routing)
+
+
+class TestSweeps:
+    RUNS: ClassVar = {"recall": {1: [0.5, 0.6], 8: [0.7, 0.8]}, "<b>test": {1: [0.3], 8: [0.3125]}}
+
+    def test_every_run_is_a_dot_and_every_line_goes_through_the_means(self):
+        fig = sweep_figure(self.RUNS, "experts", "share")
+        dots, line, *_ = fig.data
+        assert list(zip(dots.x, dots.y, strict=True)) == [(1, 0.5), (1, 0.6), (8, 0.7), (8, 0.8)]
+        assert line.y == pytest.approx((0.55, 0.75))
+        assert [note.text for note in fig.layout.annotations] == ["recall", "&lt;b&gt;test"]
+        assert fig.layout.xaxis.type == "log"
+        assert "recall goes from 0.55 at 1 to 0.75 at 8" in fig.layout.meta["description"]
+
+    def test_lines_differ_by_more_than_colour(self):
+        fig = sweep_figure(self.RUNS, "experts", "share")
+        assert len({trace.marker.symbol for trace in fig.data if trace.mode == "markers"}) == 2
+        assert len({trace.line.dash for trace in fig.data if trace.mode == "lines"}) == 2
+
+    def test_rows_keep_their_order_and_show_their_means(self):
+        fig = dots_figure({"b": [0.25, 0.75], "a": [1.0]}, "recall")
+        assert fig.data[0].y == ("b", "b", "a")
+        assert fig.data[1].text == ("0.50", "1.00")
+        assert fig.layout.meta["description"] == "b: 0.50; a: 1.00."

@@ -3,12 +3,13 @@
 import re
 from collections import Counter
 
+import ipywidgets
 import nbformat
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from moe_edu import MoEConfig, MoETranslator, TextTranslator, expert_capacity, lessons
+from moe_edu import MoEConfig, MoETranslator, TextTranslator, expert_capacity, explorers, lessons
 from moe_edu.data import Tokenizer, load_corpus
 from moe_edu.figures import score_figure
 from moe_edu.lessons.execute import WIDGET_VIEW, drop_widgets, execute
@@ -80,6 +81,16 @@ class TestShow:
     def test_colab_gets_html(self, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "google.colab", object())
         assert set(as_bundle(score_figure({"a": 50.0}))) == {"text/html", "text/plain"}
+
+    @pytest.mark.parametrize(
+        "widget",
+        [ipywidgets.HTML("<p>a</p>"), explorers.get("first_steps").widget()],
+        ids=["ipywidgets", "anywidget"],
+    )
+    def test_a_widget_says_in_words_what_to_do_without_a_kernel(self, widget):
+        bundle = as_bundle(widget)
+        assert bundle[WIDGET_VIEW]["model_id"] == widget.model_id
+        assert bundle["text/plain"] == "Run this cell to use what it shows."
 
     def test_html_is_html(self):
         assert as_bundle("<p>a</p>")["text/html"] == "<p>a</p>"
@@ -196,7 +207,11 @@ class TestTranslateBox:
 class TestExecute:
     def test_runs_and_drops_what_needs_a_kernel(self, tmp_path):
         source = "import ipywidgets\nipywidgets.IntSlider(description='a')"
-        notebook = execute(new_notebook(cells=[new_code_cell(source), new_code_cell("1 + 1")]), tmp_path)
+        notebook = new_notebook(cells=[new_code_cell(source), new_code_cell("1 + 1")])
+        cost = execute(notebook, tmp_path)
+        assert cost.seconds > 0
+        assert cost.peak_mb is None or cost.peak_mb > 10
+        assert [cell.execution_count for cell in notebook.cells] == [1, 2]
         slider, two = (cell.outputs[0].data for cell in notebook.cells)
         assert WIDGET_VIEW not in slider
         assert slider["text/plain"].startswith("IntSlider")

@@ -11,8 +11,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from moe_edu.exercises.cells import PREFIX, exercise_cells, solved
+from moe_edu.exercises.registry import exercises_of
+from moe_edu.lessons.execute import execute
+
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+TRAINING = ("07", "09")  # lessons that train for minutes: with small parameters below
 LESSON_07 = ROOT / "notebooks" / "07_train_a_multilingual_model.ipynb"
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -116,8 +121,26 @@ class TestForm:
         assert code[place].source.startswith("# Parameters\n")
         assert "lessons.check_parameters(In)" in code[place + 1].source
 
+    def test_exercises_are_those_of_the_package(self, path):
+        notebook = read(path)
+        shown = [cell.source for cell in notebook.cells if cell.id.startswith(PREFIX)]
+        assert shown == [cell.source for cell in exercise_cells(path.name[:2])]
+
     def test_cell_ids_are_names(self, path):
         assert all(re.fullmatch(r"[a-z][a-z0-9-]+", cell.id) for cell in read(path).cells)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.name[:2] not in TRAINING], ids=lambda path: path.stem
+)
+def test_runs_with_every_exercise_solved(path, monkeypatch):
+    """In strict mode a check raises unless the answer is right. nbval runs the notebooks with none attempted."""
+    monkeypatch.setenv("MOE_EDU_STRICT", "1")
+    notebook = solved(read(path), lesson=path.name[:2])
+    execute(notebook, path.parent)
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    for exercise in exercises_of(path.name[:2]):
+        assert f"✓ {exercise.key} " in printed
 
 
 class TestLesson07WithOtherParameters:

@@ -41,7 +41,7 @@ def test_every_direct_dependency_is_pinned_in_the_constraints():
         line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     }
     extras = PYPROJECT["optional-dependencies"]
-    for requirement in PYPROJECT["dependencies"] + extras["lab"] + extras["test"]:
+    for requirement in PYPROJECT["dependencies"] + extras["lab"] + extras["site"] + extras["test"]:
         assert re.match(r"[\w-]+", requirement)[0].lower() in pinned
 
 

@@ -38,7 +38,7 @@ def batches() -> list[Batch]:
 
 def train_steps(model: MoETranslator, batches: list[Batch], settings: TrainingSettings, processes: int):
     with start_workers(model, settings, processes) as workers:
-        trainer = Trainer(model, settings, workers)
+        trainer = Trainer(model, settings, workers=workers)
         outcomes = [trainer.step(batch, 1e-2) for batch in batches]
         return trainer.weights.detach().clone(), outcomes
 
@@ -155,7 +155,7 @@ def test_workers_end_with_the_run(batches):
     model = make_model()
     with start_workers(model, SETTINGS, 2) as workers:
         processes = list(workers._processes)
-        Trainer(model, SETTINGS, workers).step(batches[0], 1e-3)
+        Trainer(model, SETTINGS, workers=workers).step(batches[0], 1e-3)
     assert [process.poll() for process in processes] == [0]
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters()), (
         "the weights outlive them"

@@ -8,6 +8,7 @@ import click
 import torch
 
 from moe_edu.bench.contenders import LayerSize, reference_is_here
+from moe_edu.bench.explorers import explorers
 from moe_edu.bench.layer import MODES, run_layer_bench
 from moe_edu.bench.memory import can_measure_memory
 from moe_edu.bench.report import (
@@ -23,6 +24,9 @@ from moe_edu.bench.report import (
 @click.group()
 def bench() -> None:
     """Measure speed and memory side by side."""
+
+
+bench.add_command(explorers)
 
 
 def _positive_integers(_: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:

@@ -143,7 +143,7 @@ def _compare_training(
     optimizer = torch.optim.AdamW(reference.parameters(), settings.learning_rate, (0.9, 0.98), fused=True)
     all_threads = torch.get_num_threads()
     with start_workers(model, settings, processes) as workers:
-        trainer = Trainer(model, settings, workers)
+        trainer = Trainer(model, settings, workers=workers)
         own_threads = torch.get_num_threads()
 
         def train_ours() -> None:

@@ -1,7 +1,8 @@
-"""Languages, the shipped corpus, your own text, the tokenizer, and batches for training."""
+"""Languages, the shipped corpus and dictionary, your own text, the tokenizer, and batches for training."""
 
 from moe_edu.data.batches import Batch, PairBatches, eval_batches
 from moe_edu.data.corpus import Corpus, CorpusError, SentencePair, Table, load_corpus
+from moe_edu.data.dictionary import Dictionary, Entry, load_dictionary
 from moe_edu.data.languages import (
     Language,
     UnknownLanguageError,
@@ -18,6 +19,8 @@ __all__ = [
     "Batch",
     "Corpus",
     "CorpusError",
+    "Dictionary",
+    "Entry",
     "Language",
     "PairBatches",
     "SentencePair",
@@ -29,6 +32,7 @@ __all__ = [
     "eval_batches",
     "get_language",
     "load_corpus",
+    "load_dictionary",
     "normalize_text",
     "read_corpus",
     "read_flores",

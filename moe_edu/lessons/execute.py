@@ -1,23 +1,36 @@
 """Run notebooks from top to bottom and save them as they ship: `python -m moe_edu.lessons.execute notebooks/*.ipynb`.
 
-What would only be dead weight in a saved notebook is left out: widget state, and widget views, which without a kernel
-say "model not found" where their text says what to do.
+The lesson's exercises are put in first, from `moe_edu/exercises/`. What would only be dead weight in a saved notebook
+is left out: widget state, and widget views, which without a kernel say "model not found" where their text says what
+to do. Prints the time and the peak memory of each; `--check` only measures, and saves nothing.
 """
 
 from __future__ import annotations
 
-import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
+import click
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
+
+from moe_edu.exercises.cells import with_exercises
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
-def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
-    """Run every cell in `folder`; the notebook is changed in place and returned.
+class Cost(NamedTuple):
+    """What a run took: seconds from the first cell to the last, and the kernel's peak memory in MB (10^6 bytes)."""
+
+    seconds: float
+    peak_mb: float | None
+
+
+def execute(notebook: NotebookNode, folder: Path) -> Cost:
+    """Run every cell in `folder`; the notebook is changed in place.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -29,8 +42,19 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute()
-    return drop_widgets(notebook)
+    with client.setup_kernel():
+        start = time.perf_counter()
+        for index, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, index)
+        seconds = time.perf_counter() - start
+        notebook.cells.append(
+            new_code_cell("from moe_edu.machine import peak_memory_mb\nprint(peak_memory_mb())")
+        )
+        client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
+    probe = notebook.cells.pop()
+    drop_widgets(notebook)
+    peak = probe.outputs[0].text.strip()
+    return Cost(seconds, None if peak == "None" else float(peak))
 
 
 def drop_widgets(notebook: NotebookNode) -> NotebookNode:
@@ -42,12 +66,21 @@ def drop_widgets(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-def main(paths: list[str]) -> None:
-    for path in map(Path, paths):
-        notebook = execute(nbformat.read(path, as_version=4), path.parent)
-        nbformat.write(notebook, path)
-        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+@click.command(help=__doc__)
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--check", is_flag=True, help="Measure only; save nothing.")
+def main(paths: tuple[Path, ...], check: bool) -> None:
+    for path in paths:
+        notebook = with_exercises(nbformat.read(path, as_version=4), lesson=path.name[:2])
+        seconds, peak = execute(notebook, path.parent)
+        if not check:
+            nbformat.write(notebook, path)
+        memory = "unknown" if peak is None else f"{peak:.0f} MB"
+        print(
+            f"{path.name}: {seconds:.0f} s, peak memory {memory}, {path.stat().st_size / 1000:.0f} kB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

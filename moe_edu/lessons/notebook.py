@@ -86,7 +86,9 @@ def as_bundle(picture: Picture) -> dict[str, Any]:
     if isinstance(picture, str):
         return {"text/html": picture, "text/plain": "(a picture in HTML)"}
     if isinstance(picture, Widget):
-        return {**picture._repr_mimebundle_(), "text/plain": "Run this cell to use what it shows."}
+        bundle = picture._repr_mimebundle_()
+        data = bundle[0] if isinstance(bundle, tuple) else bundle  # anywidget returns its metadata, too
+        return {**data, "text/plain": "Run this cell to use what it shows."}
     description = picture.layout.meta["description"]
     if "google.colab" in sys.modules:  # Colab does not draw Plotly's own format
         return {

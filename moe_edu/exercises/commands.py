@@ -1,0 +1,79 @@
+"""What a learner calls: check, hint, solution."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import random
+from typing import Any
+
+from moe_edu.exercises.judge import judge
+from moe_edu.exercises.progress import record
+from moe_edu.exercises.registry import find_exercise
+from moe_edu.exercises.sandbox import run_guarded
+
+STRICT = "MOE_EDU_STRICT"  # environment variable: anything but a right answer raises
+TIME_LIMIT = 20.0  # seconds for all cases of one check
+_SIGNS = {"not attempted": "○", "wrong": "✗", "error": "!", "right": "✓"}
+
+
+class WrongAnswerError(Exception):
+    """Raised in strict mode, where every answer has to be right."""
+
+
+def check(key: str, answer: Any) -> None:
+    """Check an answer and print the verdict; a right or wrong one is kept in your progress.
+
+    Args:
+        key: of the exercise, "02.1".
+        answer: the function you wrote (not its result), or the value where a value was asked for.
+
+    Raises:
+        ValueError: no such exercise.
+        WrongAnswerError: in strict mode (environment variable MOE_EDU_STRICT=1), anything but right.
+    """
+    exercise = find_exercise(key)
+    seed = random.SystemRandom().randrange(2**31)
+    report = run_guarded(lambda: judge(exercise, answer, seed), TIME_LIMIT)
+    if report.printed:
+        print(report.printed, end="" if report.printed.endswith("\n") else "\n")
+    verdict = report.verdict
+    print(f"{_SIGNS[verdict.outcome]} {key} {exercise.title}: {verdict.outcome}. {verdict.message}")
+    if verdict.outcome in ("wrong", "error"):
+        print(f'  For a hint: exercises.hint("{key}")')
+    record(key, verdict, _source(answer))
+    if os.environ.get(STRICT) == "1" and verdict.outcome != "right":
+        raise WrongAnswerError(f"{key}: {verdict.outcome}. {verdict.message}")
+
+
+def hint(key: str, number: int = 1) -> None:
+    """Print a hint; a higher `number` tells more.
+
+    Raises:
+        ValueError: no such exercise or hint.
+    """
+    hints = find_exercise(key).hints
+    if not 1 <= number <= len(hints):
+        raise ValueError(f"exercise {key} has hints 1 to {len(hints)}")
+    print(f"Hint {number} of {len(hints)}: {hints[number - 1]}")
+    if number < len(hints):
+        print(f'More: exercises.hint("{key}", {number + 1})')
+    else:
+        print(f'All of it: exercises.solution("{key}")')
+
+
+def solution(key: str) -> None:
+    """Print a solution.
+
+    Raises:
+        ValueError: no such exercise.
+    """
+    print(find_exercise(key).solution_source())
+
+
+def _source(answer: Any) -> str:
+    """The source of a function; of a value, what it is."""
+    try:
+        return inspect.getsource(answer)
+    except (TypeError, OSError):
+        return repr(answer)

@@ -1,0 +1,115 @@
+"""What an exercise is, and the source that its notebook shows."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Difficulty = Literal["easy", "medium", "hard"]
+Importance = Literal["helpful", "important", "essential"]
+
+UNWRITTEN = "...  # your code"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A typical wrong answer and what to say to whoever gives it.
+
+    Attributes:
+        answer: a function as a learner would write it; for a question, the wrong value.
+        message: names the misconception and points to the mend, without giving the solution.
+    """
+
+    answer: Any
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exercise:
+    """One exercise: a function to write, a bug to find, or a question to answer.
+
+    Attributes:
+        key: lesson and number, "03.2".
+        title: a few words.
+        task: what to do, Markdown, 45 words at most.
+        difficulty, importance, minutes: what to expect.
+        solution: the function, with type hints and a docstring that gives the shapes; needs nothing but `torch`,
+            `math` and `F` (torch.nn.functional). For a question, the value.
+        draw: one case of inputs, fresh from the generator; None for a question.
+        mistakes: two or more.
+        hints: two or more, from a nudge to nearly the answer.
+        starter: the published code with its bug, to be mended, under any name; None shows the head of the solution
+            with an empty body.
+        origin: where a real bug comes from: library, release and file.
+        cases: random inputs to try.
+        tolerance: how far a number may be off, relative and absolute.
+    """
+
+    key: str
+    title: str
+    task: str
+    difficulty: Difficulty
+    importance: Importance
+    minutes: int
+    solution: Any
+    mistakes: tuple[Mistake, ...]
+    hints: tuple[str, ...]
+    draw: Callable[[torch.Generator], tuple[Any, ...]] | None = None
+    starter: Callable[..., Any] | None = None
+    origin: str = ""
+    cases: int = 20
+    tolerance: float = 1e-4
+
+    @property
+    def is_question(self) -> bool:
+        """Whether the answer is a value instead of a function."""
+        return self.draw is None
+
+    @property
+    def answer_name(self) -> str:
+        """What the learner's answer is called in the notebook."""
+        return "answer" if self.is_question else self.solution.__name__
+
+    def starter_source(self) -> str:
+        """What the notebook's cell begins with."""
+        if self.is_question:
+            return "answer = ...  # your number"
+        if self.starter is not None:
+            return _renamed(source_of(self.starter), self.starter.__name__, self.answer_name)
+        source = source_of(self.solution)
+        (function,) = ast.parse(source).body
+        assert isinstance(function, ast.FunctionDef)
+        head = source.splitlines()[: function.body[0].end_lineno]  # up to the end of the docstring
+        return "\n".join([*head, f"    {UNWRITTEN}"])
+
+    def solution_source(self) -> str:
+        """The solution as it is shown, ready to be put into the cell."""
+        return f"answer = {self.solution!r}" if self.is_question else source_of(self.solution)
+
+    def head(self) -> str:
+        """The text above the cell, Markdown."""
+        found = f" Found in {self.origin}." if self.origin else ""
+        return (
+            f"### {self.key} {self.title}\n\n{self.task}{found}\n\n"
+            f"*{self.difficulty.capitalize()}, {self.importance}, {self.minutes} minutes.*"
+        )
+
+    def cell_source(self) -> str:
+        """The cell: the starter and its check."""
+        gap = "\n" if self.is_question else "\n\n\n"
+        return f'{self.starter_source()}{gap}exercises.check("{self.key}", {self.answer_name})'
+
+
+def source_of(function: Callable[..., Any]) -> str:
+    """The source of a function, from its `def` on."""
+    return textwrap.dedent(inspect.getsource(function)).rstrip()
+
+
+def _renamed(source: str, old: str, new: str) -> str:
+    return source.replace(f"def {old}(", f"def {new}(", 1)

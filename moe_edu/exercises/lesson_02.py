@@ -1,0 +1,415 @@
+"""Exercises of lesson 02, the router."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_edu.exercises.exercise import Exercise, Mistake
+
+
+def _sizes(generator: torch.Generator) -> list[int]:
+    """T from 2 to 8 and E from 3 to 8."""
+    return [int(torch.randint(low, 9, (), generator=generator)) for low in (2, 3)]
+
+
+def _draw_logits(generator: torch.Generator) -> tuple[Tensor]:
+    T, E = _sizes(generator)
+    return (3 * torch.randn(T, E, generator=generator) - 2,)
+
+
+def second_choice(logits: Tensor) -> Tensor:
+    """logits [T, E] to [T]: the best expert of each token after its first choice."""
+    first = logits.argmax(dim=1, keepdim=True)
+    return logits.scatter(1, first, -torch.inf).argmax(dim=1)
+
+
+def _second_after_zero(logits: Tensor) -> Tensor:
+    first = logits.argmax(dim=1, keepdim=True)
+    return logits.scatter(1, first, 0.0).argmax(dim=1)
+
+
+def _second_of_reversed(logits: Tensor) -> Tensor:
+    return logits.argsort(dim=1)[:, 1]
+
+
+_SECOND_CHOICE = Exercise(
+    key="02.1",
+    title="The runner-up",
+    task="Write `second_choice`: for each token the best expert but its first. Leave `logits` as they are.",
+    difficulty="easy",
+    importance="essential",
+    minutes=5,
+    solution=second_choice,
+    draw=_draw_logits,
+    mistakes=(
+        Mistake(
+            _second_after_zero,
+            "You put 0 in the place of the first choice, and 0 beats every negative logit. What loses against all?",
+        ),
+        Mistake(_second_of_reversed, "You sorted from low to high, so yours is the second worst."),
+    ),
+    hints=(
+        "Hide each token's first choice, then take the best again.",
+        "`logits.scatter(1, index, value)` gives a changed copy. Which value can never win?",
+    ),
+)
+
+
+def top2_choices(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [T, E] to (probs [T, E], expert_index [T, 2]: the first choice, then the second)."""
+    return logits.softmax(dim=1), logits.topk(2, dim=1).indices
+
+
+def _draw_sure_logits(generator: torch.Generator) -> tuple[Tensor]:
+    """Every other case or so has a router so sure that its other probabilities underflow to 0."""
+    (logits,) = _draw_logits(generator)
+    sure = torch.rand((), generator=generator) < 0.5
+    return (logits * (300 if sure else 1),)
+
+
+def _softmax_over_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.softmax(dim=0), logits.topk(2, dim=1).indices
+
+
+def _choices_of_probs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    probs = logits.softmax(dim=1)
+    first = probs.argmax(dim=1, keepdim=True)
+    second = probs.scatter(1, first, 0.0).argmax(dim=1, keepdim=True)
+    return probs, torch.cat([first, second], dim=1)
+
+
+def _topk_of_probs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    probs = logits.softmax(dim=1)
+    return probs, probs.topk(2, dim=1).indices
+
+
+def _probs_of_two(logits: Tensor) -> tuple[Tensor, Tensor]:
+    best = logits.topk(2, dim=1)
+    return best.values.softmax(dim=1), best.indices
+
+
+def _second_choice_first(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.softmax(dim=1), logits.topk(2, dim=1).indices.flip(1)
+
+
+_TOP2_CHOICES = Exercise(
+    key="02.2",
+    title="Two choices a token",
+    task="Write `top2_choices`: the probabilities over all experts, and each token's two best experts, the best first. "
+    "It must hold even where a router is so sure that all other probabilities round to 0.",
+    difficulty="medium",
+    importance="essential",
+    minutes=8,
+    solution=top2_choices,
+    draw=_draw_sure_logits,
+    mistakes=(
+        Mistake(
+            _softmax_over_tokens,
+            "Your softmax runs over the tokens: each column adds up to 1. It is each token that divides itself among "
+            "the experts.",
+        ),
+        Mistake(
+            _choices_of_probs,
+            "You compare probabilities. Where the router is very sure, all but the first are 0 in float32, and a tie "
+            "of zeros decides. What has not underflowed?",
+        ),
+        Mistake(
+            _topk_of_probs,
+            "You take the two best probabilities. Where the router is very sure, all but one are 0 in float32, and "
+            "which zero is second is chance. What has not underflowed?",
+        ),
+        Mistake(
+            _probs_of_two,
+            "These are gates: a softmax over the two chosen experts alone. `probs` is over all E experts.",
+        ),
+        Mistake(_second_choice_first, "Your columns are the wrong way round: the first choice comes first."),
+    ),
+    hints=(
+        "Probabilities come from a softmax along the experts, dimension 1. The order of the logits is the same.",
+        "Choose from the logits, not from the probabilities: `logits.topk(2, dim=1)` has values and indices.",
+    ),
+)
+
+
+def gates_before_dropping(probs: Tensor, expert_index: Tensor, kept: Tensor) -> Tensor:
+    """probs [T, E], expert_index [T, 2], kept [T, 2] bool to gates [T, 2], normalised before dropping."""
+    chosen = probs.gather(1, expert_index)
+    return chosen / chosen.sum(dim=1, keepdim=True) * kept
+
+
+def _draw_choices(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    T, E = _sizes(generator)
+    logits = torch.randn(T, E, generator=generator)
+    return logits.softmax(dim=1), logits.topk(2, dim=1).indices, torch.rand(T, 2, generator=generator) < 0.6
+
+
+def _gates_after_dropping(probs: Tensor, expert_index: Tensor, kept: Tensor) -> Tensor:
+    chosen = probs.gather(1, expert_index) * kept
+    return chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1e-9)
+
+
+def _gates_not_normalised(probs: Tensor, expert_index: Tensor, kept: Tensor) -> Tensor:
+    return probs.gather(1, expert_index) * kept
+
+
+def _gates_of_the_dropped_too(probs: Tensor, expert_index: Tensor, kept: Tensor) -> Tensor:
+    chosen = probs.gather(1, expert_index)
+    return chosen / chosen.sum(dim=1, keepdim=True)
+
+
+_GATES = Exercise(
+    key="02.3",
+    title="Normalise before dropping",
+    task="Write the gates that are normalised *before* dropping: the two chosen probabilities share out 1, and a "
+    "choice that was not kept loses its share.",
+    difficulty="easy",
+    importance="important",
+    minutes=6,
+    solution=gates_before_dropping,
+    draw=_draw_choices,
+    mistakes=(
+        Mistake(
+            _gates_after_dropping,
+            "That is normalised after dropping: your lone survivors have a gate of 1. Divide by the sum of both, kept "
+            "or not.",
+        ),
+        Mistake(_gates_not_normalised, "These are the raw probabilities: divide them by the sum of the two."),
+        Mistake(
+            _gates_of_the_dropped_too, "The shares are right, but a choice that was dropped has a gate of 0."
+        ),
+    ),
+    hints=(
+        "`probs.gather(1, expert_index)` fetches the two chosen probabilities of each token.",
+        "Divide by their sum along dimension 1 (`keepdim=True`), then multiply by `kept`.",
+    ),
+)
+
+
+def sample_second(logits: Tensor, u: Tensor) -> Tensor:
+    """logits [T, E], u [T, E] uniform in (0, 1), to [T]: a second expert, drawn with Gumbel noise."""
+    first = logits.argmax(dim=1, keepdim=True)
+    noisy = logits - torch.log(-torch.log(u))
+    return noisy.scatter(1, first, -torch.inf).argmax(dim=1)
+
+
+def _draw_logits_and_uniform(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    T, E = (size + 4 for size in _sizes(generator))
+    uniform = torch.rand(T, E, generator=generator).clamp(0.001, 0.999)
+    return torch.randn(T, E, generator=generator), uniform
+
+
+def _second_with_uniform_noise(logits: Tensor, u: Tensor) -> Tensor:
+    first = logits.argmax(dim=1, keepdim=True)
+    return (logits + u).scatter(1, first, -torch.inf).argmax(dim=1)
+
+
+def _second_with_exponential_noise(logits: Tensor, u: Tensor) -> Tensor:
+    first = logits.argmax(dim=1, keepdim=True)
+    return (logits - torch.log(u)).scatter(1, first, -torch.inf).argmax(dim=1)
+
+
+def _second_with_noise_of_wrong_sign(logits: Tensor, u: Tensor) -> Tensor:
+    first = logits.argmax(dim=1, keepdim=True)
+    return (logits + torch.log(-torch.log(u))).scatter(1, first, -torch.inf).argmax(dim=1)
+
+
+def _second_behind_noisy_first(logits: Tensor, u: Tensor) -> Tensor:
+    noisy = logits - torch.log(-torch.log(u))
+    return noisy.topk(2, dim=1).indices[:, 1]
+
+
+_SAMPLE_SECOND = Exercise(
+    key="02.4",
+    title="Draw the second expert",
+    task="Write `sample_second`: add Gumbel noise made from `u` to the logits, and take the best expert but the first. "
+    "The first choice is not drawn: it comes from the clean logits.",
+    difficulty="medium",
+    importance="important",
+    minutes=8,
+    solution=sample_second,
+    draw=_draw_logits_and_uniform,
+    mistakes=(
+        Mistake(
+            _second_with_uniform_noise,
+            "You added `u` itself. Uniform noise does not sample the softmax; Gumbel noise is `-log(-log(u))`.",
+        ),
+        Mistake(
+            _second_with_exponential_noise,
+            "One logarithm gives exponential noise. Gumbel noise takes two: `-log(-log(u))`.",
+        ),
+        Mistake(
+            _second_with_noise_of_wrong_sign,
+            "The sign of the noise is wrong: it is minus the logarithm of minus the logarithm.",
+        ),
+        Mistake(
+            _second_behind_noisy_first,
+            "Your first choice is noisy, too, so its runner-up is another. Find the first in the clean logits.",
+        ),
+    ),
+    hints=(
+        "Three steps: the first choice from `logits`, noisy scores, then the best of the scores without the first.",
+        "`noisy = logits - torch.log(-torch.log(u))`; hide the first with `scatter` and `-torch.inf`.",
+    ),
+)
+
+
+def give_up_unlikely(probs: Tensor, expert_index: Tensor, u: Tensor) -> Tensor:
+    """probs [T, E], expert_index [T, 2], u [T] uniform, to expert_index [T, 2] with -1 for a second choice given up."""
+    second = expert_index[:, 1]
+    p2 = probs.gather(1, expert_index)[:, 1]
+    return torch.stack([expert_index[:, 0], second.where(2 * p2 > u, -1)], dim=1)
+
+
+def _draw_uniform_and_choices(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    T, E = (size + 4 for size in _sizes(generator))
+    logits = torch.randn(T, E, generator=generator)
+    return logits.softmax(dim=1), logits.topk(2, dim=1).indices, torch.rand(T, generator=generator)
+
+
+def _give_up_without_factor(probs: Tensor, expert_index: Tensor, u: Tensor) -> Tensor:
+    p2 = probs.gather(1, expert_index)[:, 1]
+    return torch.stack([expert_index[:, 0], expert_index[:, 1].where(p2 > u, -1)], dim=1)
+
+
+def _give_up_by_gate(probs: Tensor, expert_index: Tensor, u: Tensor) -> Tensor:
+    chosen = probs.gather(1, expert_index)
+    gate = chosen[:, 1] / chosen.sum(dim=1)
+    return torch.stack([expert_index[:, 0], expert_index[:, 1].where(2 * gate > u, -1)], dim=1)
+
+
+def _give_up_to_expert_0(probs: Tensor, expert_index: Tensor, u: Tensor) -> Tensor:
+    p2 = probs.gather(1, expert_index)[:, 1]
+    return torch.stack([expert_index[:, 0], expert_index[:, 1].where(2 * p2 > u, 0)], dim=1)
+
+
+def _give_up_the_likely(probs: Tensor, expert_index: Tensor, u: Tensor) -> Tensor:
+    p2 = probs.gather(1, expert_index)[:, 1]
+    return torch.stack([expert_index[:, 0], expert_index[:, 1].where(2 * p2 < u, -1)], dim=1)
+
+
+_GIVE_UP = Exercise(
+    key="02.5",
+    title="GShard's thrift",
+    task="Policy `random`: keep a token's second choice only if $2 p_2 > u$, with its raw probability $p_2$. "
+    "Write -1 for a choice that is given up.",
+    difficulty="medium",
+    importance="important",
+    minutes=8,
+    solution=give_up_unlikely,
+    draw=_draw_uniform_and_choices,
+    mistakes=(
+        Mistake(_give_up_without_factor, "You compare p2 itself with u. GShard is kinder: it compares 2 p2."),
+        Mistake(
+            _give_up_by_gate,
+            "You compare the gate, p2 / (p1 + p2). The raw p2 decides: a share of very little is very little.",
+        ),
+        Mistake(
+            _give_up_to_expert_0,
+            "You send given-up choices to expert 0, who has not been chosen and would be counted as if. Nobody is -1.",
+        ),
+        Mistake(
+            _give_up_the_likely,
+            "You keep the unlikely ones and give up the likely: turn the comparison round.",
+        ),
+    ),
+    hints=(
+        "`probs.gather(1, expert_index)` is [T, 2]; its second column is p2.",
+        "`second.where(condition, -1)` keeps where the condition holds. Then `torch.stack` both columns, dim=1.",
+    ),
+)
+
+
+def route_with_noise(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """logits and noise [T, E] to (second choice [T], the router's logits [T, E], which a loss reads later)."""
+    first = F.one_hot(logits.argmax(dim=-1), logits.shape[1]).bool()
+    second = (logits + noise).masked_fill(first, float("-inf")).argmax(dim=-1)
+    return second, logits
+
+
+def _published_route_with_noise(router_logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """logits and noise [T, E] to (second choice [T], the router's logits [T, E], which a loss reads later)."""
+    top_1_expert_index = torch.argmax(router_logits, dim=-1)
+    top_1_mask = F.one_hot(top_1_expert_index, router_logits.shape[1])
+    router_logits += noise
+    logits_except_top_1 = router_logits.masked_fill(top_1_mask.bool(), float("-inf"))
+    top_2_expert_index = torch.argmax(logits_except_top_1, dim=-1)
+    return top_2_expert_index, router_logits
+
+
+def _draw_logits_and_noise(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    logits, u = _draw_logits_and_uniform(generator)
+    return logits, -torch.log(-torch.log(u))
+
+
+def _route_without_noise(router_logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    first = router_logits.argmax(dim=-1, keepdim=True)
+    return router_logits.scatter(1, first, -torch.inf).argmax(dim=-1), router_logits
+
+
+def _route_with_masked_logits(router_logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    first = router_logits.argmax(dim=-1, keepdim=True)
+    masked = (router_logits + noise).scatter(1, first, -torch.inf)
+    return masked.argmax(dim=-1), masked
+
+
+_IN_PLACE = Exercise(
+    key="02.6",
+    title="Find the bug: noise that stays",
+    task="The second choice is right. But the returned logits, which a loss of lesson 5 reads, are full of "
+    "noise. Mend one line.",
+    difficulty="easy",
+    importance="important",
+    minutes=5,
+    solution=route_with_noise,
+    starter=_published_route_with_noise,
+    origin="transformers 4.57.6, `models/nllb_moe/modeling_nllb_moe.py`, policy `sampling`",
+    draw=_draw_logits_and_noise,
+    mistakes=(
+        Mistake(
+            _route_without_noise,
+            "Now nothing is noisy, and the second choice is never drawn. Only the choice needs the noise.",
+        ),
+        Mistake(
+            _route_with_masked_logits,
+            "You return the scores of the choice, noise and mask included. Return the logits that came in.",
+        ),
+    ),
+    hints=(
+        "What does `+=` do to a tensor that the caller still holds?",
+        "Give the noisy scores a name of their own: `noisy = router_logits + noise`.",
+    ),
+)
+
+_KEPT_BY_CHANCE = Exercise(
+    key="02.7",
+    title="How often does chat keep its second?",
+    task="The word *chat* has probabilities 0.15, 0.40, 0.13 and 0.32. How probable is it that the policy `random` "
+    "keeps its second choice? Give two decimals.",
+    difficulty="easy",
+    importance="helpful",
+    minutes=2,
+    solution=0.64,
+    tolerance=0.012,
+    mistakes=(
+        Mistake(0.32, "That is p2. GShard keeps the choice if 2 p2 > u."),
+        Mistake(0.44, "That is the gate, p2 / (p1 + p2). The raw probability decides, twice over."),
+        Mistake(0.8, "That is twice p1. The second choice is the runner-up."),
+        Mistake(1.0, "A runner-up has at most 0.5, so only a perfect tie would always be kept."),
+    ),
+    hints=(
+        "How probable is it that a uniform number between 0 and 1 is below x?",
+        "It is x itself. Here x is 2 p2.",
+    ),
+)
+
+EXERCISES = (
+    _SECOND_CHOICE,
+    _TOP2_CHOICES,
+    _GATES,
+    _SAMPLE_SECOND,
+    _GIVE_UP,
+    _IN_PLACE,
+    _KEPT_BY_CHANCE,
+)

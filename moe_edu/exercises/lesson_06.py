@@ -1,0 +1,340 @@
+"""Exercises of lesson 06, the encoder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_edu.exercises.exercise import Exercise, Mistake
+
+# ---- 06.1
+
+
+def sparse_layers(num_layers: int, sparse_step: int) -> list[int]:
+    """The 0-based numbers of the layers that have experts."""
+    if sparse_step <= 0:
+        return []
+    return [i for i in range(num_layers) if (i + 1) % sparse_step == 0]
+
+
+def _draw_layers(generator: torch.Generator) -> tuple[int, int]:
+    num_layers = int(torch.randint(0, 25, (), generator=generator))
+    return num_layers, int(torch.randint(-1, 7, (), generator=generator))
+
+
+def _counted_from_zero(num_layers: int, sparse_step: int) -> list[int]:
+    return [i for i in range(num_layers) if sparse_step > 0 and i % sparse_step == 0]
+
+
+def _zero_means_every(num_layers: int, sparse_step: int) -> list[int]:
+    return [i for i in range(num_layers) if (i + 1) % max(sparse_step, 1) == 0]
+
+
+def _numbered_from_one(num_layers: int, sparse_step: int) -> list[int]:
+    return [i + 1 for i in sparse_layers(num_layers, sparse_step)]
+
+
+_SPARSE_LAYERS = Exercise(
+    key="06.1",
+    title="Which layers are sparse",
+    task=(
+        "Write `sparse_layers`: every `sparse_step`-th layer has experts, none when the step is 0 or less. "
+        "Of 12 layers with step 4 these are 3, 7 and 11, counted from 0."
+    ),
+    difficulty="easy",
+    importance="important",
+    minutes=5,
+    solution=sparse_layers,
+    draw=_draw_layers,
+    mistakes=(
+        Mistake(
+            _counted_from_zero,
+            "Your first sparse layer is layer 0. Every 4th layer means the 4th, the 8th and so on, and the 4th is 3.",
+        ),
+        Mistake(
+            _zero_means_every,
+            "A step of 0 or less makes every layer dense; yours makes every layer sparse.",
+        ),
+        Mistake(_numbered_from_one, "Right layers, but they are counted from 0: the first is 0."),
+    ),
+    hints=(
+        "The 4th layer has the number 3: what is `(3 + 1) % 4`?",
+        "Deal with `sparse_step <= 0` first, then keep each `i` whose `i + 1` is a multiple of the step.",
+    ),
+)
+
+# ---- 06.2
+
+
+def position_index(words: Tensor, padding_idx: int) -> Tensor:
+    """words [B, S] bool, True where real, to [B, S] int64: the row of the position table for each place."""
+    return words.long().cumsum(dim=1) * words + padding_idx
+
+
+def _draw_words(generator: torch.Generator) -> tuple[Tensor, int]:
+    B, S = torch.randint(2, 7, (2,), generator=generator).tolist()
+    lengths = torch.randint(1, S + 1, (B, 1), generator=generator)
+    lengths[0], lengths[1] = S - 1, 1
+    place = torch.arange(S)
+    left = torch.rand(B, 1, generator=generator) < 0.5
+    words = ((place >= S - lengths) & left) | ((place < lengths) & ~left)
+    words[0] = place > 0  # one row at least is padded on the left
+    return words, int(torch.randint(1, 4, (), generator=generator))
+
+
+def _every_place_counts(words: Tensor, padding_idx: int) -> Tensor:
+    place = torch.arange(1, words.shape[1] + 1).expand(words.shape)
+    return place * words + padding_idx
+
+
+def _pads_keep_counting(words: Tensor, padding_idx: int) -> Tensor:
+    return words.long().cumsum(dim=1) + padding_idx
+
+
+def _from_zero(words: Tensor, padding_idx: int) -> Tensor:
+    return words.long().cumsum(dim=1) * words
+
+
+_POSITIONS = Exercise(
+    key="06.2",
+    title="Positions count words",
+    task=(
+        "Write `position_index`: the first real token of a row gets `padding_idx + 1`, the next one more, "
+        "wherever the padding stands. Padding itself gets `padding_idx`."
+    ),
+    difficulty="medium",
+    importance="important",
+    minutes=8,
+    solution=position_index,
+    draw=_draw_words,
+    mistakes=(
+        Mistake(
+            _every_place_counts,
+            "You count places. With padding on the left the first word would not be word one: count words.",
+        ),
+        Mistake(
+            _pads_keep_counting,
+            "Words are right. Padding behind a word still gets that word's position: it should get padding_idx.",
+        ),
+        Mistake(_from_zero, "The count is right, but rows up to padding_idx are taken: start behind them."),
+    ),
+    hints=(
+        "A running count of words is a cumulative sum.",
+        "`words.long().cumsum(dim=1)`, then mask, then shift.",
+    ),
+)
+
+# ---- 06.3
+
+
+def pre_norm_layer(x: Tensor, attention: Tensor, w: Tensor) -> Tensor:
+    """x [S, D], attention [S, S] whose rows sum to 1, w [D, D], to [S, D]: one encoder layer, much simplified."""
+    x = x + attention @ F.layer_norm(x, x.shape[-1:])
+    return x + F.relu(F.layer_norm(x, x.shape[-1:]) @ w)
+
+
+def _draw_layer(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    S, D = torch.randint(3, 7, (2,), generator=generator).tolist()
+    attention = torch.softmax(torch.randn(S, S, generator=generator), dim=1)
+    return 3 * torch.randn(S, D, generator=generator) + 1, attention, torch.randn(D, D, generator=generator)
+
+
+def _post_norm(x: Tensor, attention: Tensor, w: Tensor) -> Tensor:
+    x = F.layer_norm(x + attention @ x, x.shape[-1:])
+    return F.layer_norm(x + F.relu(x @ w), x.shape[-1:])
+
+
+def _normed_residual(x: Tensor, attention: Tensor, w: Tensor) -> Tensor:
+    x = F.layer_norm(x, x.shape[-1:])
+    x = F.layer_norm(x + attention @ x, x.shape[-1:])
+    return x + F.relu(x @ w)
+
+
+def _side_by_side(x: Tensor, attention: Tensor, w: Tensor) -> Tensor:
+    normed = F.layer_norm(x, x.shape[-1:])
+    return x + attention @ normed + F.relu(normed @ w)
+
+
+def _no_residual(x: Tensor, attention: Tensor, w: Tensor) -> Tensor:
+    x = attention @ F.layer_norm(x, x.shape[-1:])
+    return F.relu(F.layer_norm(x, x.shape[-1:]) @ w)
+
+
+_PRE_NORM = Exercise(
+    key="06.3",
+    title="A pre-norm layer",
+    task=(
+        "Write `pre_norm_layer`: `x + attention(norm(x))`, then `x + ffn(norm(x))`. Here `attention` holds the "
+        "weights, `ffn` is `relu(... @ w)`, and `norm` is `F.layer_norm(x, x.shape[-1:])`."
+    ),
+    difficulty="easy",
+    importance="essential",
+    minutes=6,
+    solution=pre_norm_layer,
+    draw=_draw_layer,
+    mistakes=(
+        Mistake(
+            _post_norm,
+            "That is post-norm, as in the first Transformer: you normalise sums. Here a branch normalises its input.",
+        ),
+        Mistake(
+            _normed_residual,
+            "You add to the normalised x. The residual path is never normalised: it carries x as it is.",
+        ),
+        Mistake(
+            _side_by_side,
+            "Both branches read the same x. The second has to see what attention has added.",
+        ),
+        Mistake(_no_residual, "The residual is missing: a token that no expert takes would be lost here."),
+    ),
+    hints=("Two lines, each of the form `x = x + something`.", "Normalise anew for the second branch."),
+)
+
+# ---- 06.4
+
+
+def clamp_overflow(hidden: Tensor) -> Tensor:
+    """hidden of any shape and floating dtype; fp16 is brought back to the largest number less 1000, both ways."""
+    if hidden.dtype != torch.float16:
+        return hidden
+    limit = torch.finfo(torch.float16).max - 1000
+    return hidden.clamp(-limit, limit)
+
+
+def _draw_hidden(generator: torch.Generator) -> tuple[Tensor]:
+    size = int(torch.randint(4, 9, (), generator=generator))
+    hidden = 90_000 * torch.randn(size, generator=generator)
+    hidden[0], hidden[1] = 100_000.0, -100_000.0
+    half = bool(torch.rand((), generator=generator) < 0.6)
+    return (hidden.half() if half else hidden,)
+
+
+def _one_sided(hidden: Tensor) -> Tensor:
+    if hidden.dtype != torch.float16:
+        return hidden
+    return hidden.clamp(max=torch.finfo(torch.float16).max - 1000)
+
+
+def _every_dtype(hidden: Tensor) -> Tensor:
+    limit = torch.finfo(torch.float16).max - 1000
+    return hidden.clamp(-limit, limit)
+
+
+def _to_the_largest(hidden: Tensor) -> Tensor:
+    return torch.nan_to_num(hidden) if hidden.dtype == torch.float16 else hidden
+
+
+_CLAMP = Exercise(
+    key="06.4",
+    title="fp16 overflows",
+    task=(
+        "Write `clamp_overflow`: in fp16 nothing may be beyond `torch.finfo(torch.float16).max - 1000`, in either "
+        "direction. Other dtypes stay as they are."
+    ),
+    difficulty="easy",
+    importance="helpful",
+    minutes=5,
+    solution=clamp_overflow,
+    draw=_draw_hidden,
+    mistakes=(
+        Mistake(_one_sided, "Infinity is tamed, minus infinity is not."),
+        Mistake(_every_dtype, "fp32 holds numbers up to 3.4e38: there is nothing to clamp at 64,504."),
+        Mistake(
+            _to_the_largest,
+            "You bring infinity to the very largest number: the next addition overflows again. Leave room.",
+        ),
+    ),
+    hints=("`Tensor.clamp` takes two limits.", "Return early unless `hidden.dtype == torch.float16`."),
+)
+
+# ---- 06.5
+
+
+def stack_experts(state_dict: dict[str, Tensor], prefix: str, num_experts: int) -> Tensor:
+    """State dict with `prefix + "expert_7.fc1.weight" [F, D]` for each expert, to w1 [E, F, D]."""
+    return torch.stack([state_dict[f"{prefix}expert_{e}.fc1.weight"] for e in range(num_experts)])
+
+
+def _draw_state_dict(generator: torch.Generator) -> tuple[dict[str, Tensor], str, int]:
+    E = int(torch.randint(11, 15, (), generator=generator))
+    prefix = f"encoder.layers.{int(torch.randint(0, 24, (), generator=generator))}.ffn.experts."
+    other = "encoder.layers.99.ffn.experts."
+    names = [
+        f"{p}expert_{e}.{leaf}"
+        for p in (prefix, other)
+        for e in range(E)
+        for leaf in ("fc1.weight", "fc2.weight")
+    ]
+    order = torch.randperm(len(names), generator=generator).tolist()
+    state_dict = {
+        names[i]: torch.randn((3, 2) if "fc1" in names[i] else (2, 3), generator=generator) for i in order
+    }
+    return state_dict, prefix, E
+
+
+def _sorted_by_name(state_dict: dict[str, Tensor], prefix: str, num_experts: int) -> Tensor:
+    return torch.stack(
+        [state_dict[n] for n in sorted(state_dict) if n.startswith(prefix) and "fc1.weight" in n]
+    )
+
+
+def _in_the_files_order(state_dict: dict[str, Tensor], prefix: str, num_experts: int) -> Tensor:
+    return torch.stack([t for n, t in state_dict.items() if n.startswith(prefix) and "fc1.weight" in n])
+
+
+def _side_by_side_weights(state_dict: dict[str, Tensor], prefix: str, num_experts: int) -> Tensor:
+    return torch.cat([state_dict[f"{prefix}expert_{e}.fc1.weight"] for e in range(num_experts)])
+
+
+_STACK = Exercise(
+    key="06.5",
+    title="Load a checkpoint's experts",
+    task=(
+        "The published checkpoint keeps each expert's weights under a name of its own. Write `stack_experts`: the "
+        "`fc1.weight` of experts 0, 1, 2, ... of one layer as a single `w1 [E, F, D]`."
+    ),
+    difficulty="medium",
+    importance="important",
+    minutes=8,
+    solution=stack_experts,
+    draw=_draw_state_dict,
+    cases=6,
+    mistakes=(
+        Mistake(
+            _sorted_by_name,
+            "Sorted as text, expert_10 comes before expert_2: the router would send its tokens to the wrong experts.",
+        ),
+        Mistake(
+            _in_the_files_order,
+            "You take the tensors as the file happens to list them. Expert e has to be slice e.",
+        ),
+        Mistake(_side_by_side_weights, "You joined the experts along F. They need a dimension of their own."),
+    ),
+    hints=(
+        "Make each name from the number instead of looking for names.",
+        "`torch.stack` adds a dimension in front.",
+    ),
+)
+
+# ---- 06.6
+
+_LAYER_DROP = Exercise(
+    key="06.6",
+    title="LayerDrop",
+    task=(
+        "NLLB-MoE's encoder has 24 layers and trains with a LayerDrop of 0.05. How many of its layers does a training "
+        "step run, on average?"
+    ),
+    difficulty="easy",
+    importance="helpful",
+    minutes=2,
+    solution=22.8,
+    mistakes=(
+        Mistake(1.2, "That is how many are skipped."),
+        Mistake(24, "Each layer is skipped in one training step of twenty. All 24 run in evaluation alone."),
+    ),
+    hints=("Each layer runs with a probability of 0.95.", "The mean of a sum is the sum of the means."),
+)
+
+EXERCISES = (_SPARSE_LAYERS, _POSITIONS, _PRE_NORM, _CLAMP, _STACK, _LAYER_DROP)

@@ -1,0 +1,142 @@
+"""Run a check beside the lesson, so that endless loops and crashes in the learner's code stay there.
+
+On Linux the check runs in a forked process, which is ended when its time is up. Elsewhere it runs in a thread, which
+can be interrupted between two Python instructions, but not inside one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from moe_edu.exercises.judge import Verdict
+
+MEMORY_LIMIT = 2 * 1024**3  # bytes beyond what the lesson has
+
+
+class Report(NamedTuple):
+    """A verdict, and what the learner's code printed."""
+
+    verdict: Verdict
+    printed: str
+
+
+def run_guarded(check: Callable[[], Verdict], seconds: float) -> Report:
+    """The verdict of `check`, or an error verdict where it takes too long or brings its process down."""
+    return _in_process(check, seconds) if sys.platform == "linux" else _in_thread(check, seconds)
+
+
+def _timed_out(seconds: float) -> Verdict:
+    return Verdict(
+        "error",
+        f"Your code was stopped after {seconds:g} seconds: is there a loop that never ends?",
+    )
+
+
+def _in_process(check: Callable[[], Verdict], seconds: float) -> Report:
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        # Python warns of forks beside threads. The child computes on its one thread and leaves without clean-up.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _answer_and_exit(check, writing)
+    os.close(writing)
+    try:
+        message = _read_all(reading, time.monotonic() + seconds)
+        if message is None:
+            os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(reading)
+        _, status = os.waitpid(child, 0)
+    if message is None:
+        return Report(_timed_out(seconds), "")
+    if not message:
+        how = (
+            f"signal {os.WTERMSIG(status)}"
+            if os.WIFSIGNALED(status)
+            else f"exit status {os.WEXITSTATUS(status)}"
+        )
+        return Report(Verdict("error", f"Your code ended Python itself ({how}). The lesson goes on."), "")
+    reply = json.loads(message)
+    return Report(Verdict(*reply["verdict"]), reply["printed"])
+
+
+def _answer_and_exit(check: Callable[[], Verdict], writing: int) -> None:
+    """The child's whole life."""
+    try:
+        torch.set_num_threads(1)
+        _limit_memory()
+        report = _captured(check)
+        reply = json.dumps({"verdict": report.verdict, "printed": report.printed}).encode()
+        while reply:
+            reply = reply[os.write(writing, reply) :]
+    finally:
+        os._exit(0)
+
+
+def _limit_memory() -> None:
+    import resource
+
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(ValueError, OSError):  # a machine may have stricter limits already
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT, hard))
+
+
+def _read_all(descriptor: int, deadline: float) -> bytes | None:
+    """Everything until the other end closes; None where the deadline passes first."""
+    message = b""
+    while True:
+        ready, _, _ = select.select([descriptor], [], [], max(deadline - time.monotonic(), 0))
+        if not ready:
+            return None
+        piece = os.read(descriptor, 65536)
+        if not piece:
+            return message
+        message += piece
+
+
+def _in_thread(check: Callable[[], Verdict], seconds: float) -> Report:
+    reports: list[Report] = []
+
+    def work() -> None:
+        with contextlib.suppress(SystemExit):
+            reports.append(_captured(check))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(seconds)
+    if worker.is_alive() and worker.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
+        return Report(_timed_out(seconds), "")
+    if not reports:
+        return Report(Verdict("error", "Your code ended its thread (SystemExit?)."), "")
+    return reports[0]
+
+
+def _captured(check: Callable[[], Verdict]) -> Report:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            verdict = check()
+        except MemoryError:
+            verdict = Verdict("error", "Your code asked for more memory than there is.")
+        except RecursionError:
+            verdict = Verdict("error", "RecursionError: your code calls itself without end.")
+    return Report(verdict, printed.getvalue())

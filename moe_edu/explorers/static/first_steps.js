@@ -1,0 +1,64 @@
+import { cell, chip, expertTag, fixed, h, handle, label, softmax } from "./kit.js";
+
+// moe_edu.top2_gating for one word and two experts.
+function compute(state) {
+  const [scores] = state.scores;
+  const gates = softmax(scores);
+  const first = scores[1] > scores[0] ? 1 : 0;
+  const word = state.word || "…";
+  const same = scores[0] === scores[1];
+  return {
+    word, chosen: [first, 1 - first], gates,
+    sentence: same
+      ? `Expert 0 and expert 1 count the same for “${word}”: ${fixed(gates[0])} each.`
+      : `“${word}” asks expert ${first} first. Its answer counts ${fixed(gates[first])}, that of expert ${1 - first} ${fixed(gates[1 - first])}.`,
+    met: [first === 1, same, gates[0] >= 0.99 && scores[0] <= 1],
+  };
+}
+
+// A line as wide as its gate, edged so that its colour shows on any page; the second choice is dashed.
+const way = (d, gate, style, second) => [
+  h("path", { d, fill: "none", stroke: "currentColor", "stroke-opacity": 0.55, "stroke-width": 4 + 14 * gate }),
+  h("path", { d, fill: "none", stroke: style.color, "stroke-width": 2 + 14 * gate, "stroke-dasharray": second ? "10 6" : null }),
+];
+
+function draw(view, state, act, spec) {
+  const [scores] = state.scores;
+  const moved = (e, value) => [scores.map((old, i) => (i === e ? value : old))];
+  const expert = (e) => {
+    const y = 28 + 92 * e;
+    const second = view.chosen[1] === e;
+    return [
+      way(`M 190 91 C 235 91 225 ${y + 20} 270 ${y + 20}`, view.gates[e], spec.experts[e], second),
+      way(`M 370 ${y + 20} L 470 ${y + 20}`, view.gates[e], spec.experts[e], second),
+      handle({
+        x: 270, y, width: 100, height: 40, name: `score of expert ${e}`, value: scores[e], low: -4, high: 4, step: 0.1,
+        text: `${fixed(scores[e], 1)}, gate ${fixed(view.gates[e])}`,
+        onChange: (value) => act.set({ scores: moved(e, value) }),
+      },
+      cell(270, y, 100, 40, view.gates[e]),
+      label(320, y + 27, fixed(scores[e], 1), { anchor: "middle", mono: true, size: 20 })),
+      expertTag(470, y, 90, spec.experts[e], 40),
+      label(574, y + 18, `gate ${fixed(view.gates[e])}`, { weight: 600 }),
+      label(574, y + 36, second ? "second choice, dashed" : "first choice, solid", { soft: true, size: 12 }),
+    ];
+  };
+  const share = 720 * view.gates[0];
+  return [
+    label(320, 16, "scores: drag me", { anchor: "middle", soft: true, size: 12 }),
+    chip(0, 76, 190, view.word),
+    [view.chosen[1], view.chosen[0]].map(expert),
+    [0, 1].map((e) => h("rect", {
+      x: e ? share : 0, y: 192, width: 720 * view.gates[e], height: 20, fill: spec.experts[e].color, class: "tag",
+      "stroke-dasharray": view.chosen[1] === e ? "6 4" : null,
+    })),
+    [0, 1].map((e) => {
+      const text = `${fixed(view.gates[e])}${view.gates[e] > 0.34 ? ` × the answer of expert ${e}` : ""}`;
+      const middle = e ? (share + 720) / 2 : share / 2;
+      return view.gates[e] > 0.06 && label(middle, 207, text, { anchor: "middle", size: 13, fill: spec.experts[e].ink });
+    }),
+    label(0, 230, "the two gates always add up to 1", { soft: true, size: 12 }),
+  ];
+}
+
+export const explorer = { compute, draw };

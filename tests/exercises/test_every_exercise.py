@@ -1,0 +1,81 @@
+"""Every exercise of every lesson: its starter is not attempted, mistakes get their message, its solution is right."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moe_edu.exercises.compare import compare
+from moe_edu.exercises.judge import judge
+from moe_edu.exercises.registry import all_exercises
+
+each_exercise = pytest.mark.parametrize("exercise", all_exercises(), ids=lambda exercise: exercise.key)
+SEEDS = range(5)
+
+
+def made(source, name):
+    """What `source` defines as `name`, in a namespace as a notebook has it."""
+    namespace = {"torch": torch, "Tensor": torch.Tensor, "math": math, "F": F}
+    exec(compile(source, f"<{name}>", "exec"), namespace)
+    return namespace[name]
+
+
+def test_keys_are_unique():
+    keys = [exercise.key for exercise in all_exercises()]
+    assert len(keys) == len(set(keys))
+
+
+@each_exercise
+class TestEveryExercise:
+    def test_starter_is_not_attempted(self, exercise):
+        starter = made(exercise.starter_source(), exercise.answer_name)
+        assert judge(exercise, starter, 0).outcome == "not attempted"
+
+    def test_shown_solution_is_right(self, exercise):
+        answer = made(exercise.solution_source(), exercise.answer_name)
+        for seed in SEEDS:
+            assert judge(exercise, answer, seed) == judge(exercise, exercise.solution, seed)
+            assert judge(exercise, answer, seed).outcome == "right"
+
+    def test_typical_mistakes_are_refused_with_their_message(self, exercise):
+        assert len(exercise.mistakes) >= 2
+        for mistake in exercise.mistakes:
+            for seed in SEEDS:
+                assert judge(exercise, mistake.answer, seed) == ("wrong", mistake.message)
+
+    def test_mistakes_have_messages_of_their_own(self, exercise):
+        messages = [mistake.message for mistake in exercise.mistakes]
+        assert len(set(messages)) == len(messages)
+
+    def test_inputs_are_drawn_afresh(self, exercise):
+        if exercise.is_question:
+            pytest.skip("a question has no inputs")
+        first, again, other = (
+            [
+                a
+                for a in exercise.draw(torch.Generator().manual_seed(seed))
+                if not isinstance(a, torch.Generator)
+            ]
+            for seed in (1, 1, 2)
+        )
+        assert compare(first, again, 0.0).agrees
+        assert not compare(first, other, 0.0).agrees
+
+    def test_says_what_to_expect(self, exercise):
+        assert exercise.difficulty in ("easy", "medium", "hard")
+        assert exercise.importance in ("helpful", "important", "essential")
+        assert 1 <= exercise.minutes <= 30
+        assert len(exercise.hints) >= 2
+        assert len(exercise.head().split()) <= 60
+        assert len(exercise.cell_source().splitlines()) <= 25
+
+    def test_solution_is_explained_by_shapes(self, exercise):
+        if not exercise.is_question:
+            assert exercise.solution.__doc__
+
+
+def test_each_lesson_has_its_number_in_the_key():
+    lessons = Counter(exercise.key[:2] for exercise in all_exercises())
+    assert set(lessons) <= {f"{number:02}" for number in range(11)}
