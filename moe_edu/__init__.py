@@ -6,6 +6,7 @@ E experts, K choices a token (2), C capacity of one expert, V vocabulary.
 
 from moe_edu.checkpoint import CheckpointError
 from moe_edu.config import MoEConfig
+from moe_edu.experts import BackendChoice, explain_backend
 from moe_edu.layers import SparseMLP
 from moe_edu.losses import (
     MoELoss,
@@ -23,6 +24,7 @@ from moe_edu.routing import RouterOutput, Top2Router, expert_capacity, top2_gati
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendChoice",
     "CheckpointError",
     "EncoderOutput",
     "ExpertMetrics",
@@ -37,6 +39,7 @@ __all__ = [
     "Top2Router",
     "collect_metrics",
     "expert_capacity",
+    "explain_backend",
     "load_balancing_loss",
     "load_pretrained",
     "moe_loss",

@@ -160,7 +160,13 @@ def find_notebooks() -> Path:
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="CPU threads; for a small model more are slower.",
+    help="CPU threads, divided among the processes, each of which has one at least; more are slower for a small model.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=None,
+    help="CPU processes: 1, or as many as shards, which is the default where there are so many cores.",
 )
 @click.option(
     "--checkpoint-every",
@@ -184,6 +190,7 @@ def train(
     resume: bool,
     store: str,
     threads: int,
+    processes: int | None,
     checkpoint_every: int,
     test_sentences: int | None,
     **options: Any,
@@ -204,6 +211,7 @@ def train(
         model_fields=given(options, MoEConfig),
         out=out,
         resume=resume,
+        processes=processes,
         store_dtype=getattr(torch, store),
         test_sentences=test_sentences,
         checkpoint_every=checkpoint_every,

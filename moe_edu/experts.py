@@ -6,8 +6,10 @@ rows behind the last expert's belong to nobody and come back as zeros.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
         rows, *weights = (t.to(dtype) for t in (rows, self.w1, self.b1, self.w2, self.b2))
-        backend = choose_backend(rows) if self.backend == "auto" else self.backend
+        backend = explain_backend(self, dtype).backend
         if backend == "loop":
             return _loop(rows, counts, self._hidden, weights)
         if backend == "padded":
@@ -68,22 +70,49 @@ class Experts(nn.Module):
         return _infer_cpu(rows, counts, self._hidden, weights)
 
     def _hidden(self, pre_activation: Tensor) -> Tensor:
-        hidden = self.act(pre_activation)
+        # In place where its own result is all that its gradient needs: `[N, F]` is the layer's largest tensor.
+        hidden = pre_activation.relu_() if self.act is F.relu else self.act(pre_activation)
         if self.training and self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout)
         return hidden
 
 
-def choose_backend(rows: Tensor) -> Backend:
-    """The back end that "auto" stands for: grouped products where the device has them, padded ones elsewhere.
+class BackendChoice(NamedTuple):
+    """The back end that runs, and why."""
 
-    CUDA's grouped product takes bf16 on compute capability 8.0 and above, with rows of a multiple of 16 bytes.
+    backend: Backend
+    reason: str
+
+
+def explain_backend(experts: Experts, dtype: torch.dtype | None = None) -> BackendChoice:
+    """Which back end `experts`, such as `SparseMLP(config).experts`, runs where it is now, and why.
+
+    Args:
+        experts: their weights' device decides.
+        dtype: of the products, which under autocast is autocast's; None for that of the weights.
     """
-    if rows.device.type != "cuda":
-        return "grouped"
-    aligned = rows.shape[1] * rows.element_size() % 16 == 0
-    has_grouped = rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    return "grouped" if aligned and has_grouped else "padded"
+    if experts.backend != "auto":
+        return BackendChoice(experts.backend, "it was named when the layer was made")
+    return choose_backend(experts.w1.device, dtype or experts.w1.dtype, experts.w1.shape[2])
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, d_model: int) -> BackendChoice:
+    """The back end that "auto" stands for: grouped products where the device has them, padded ones elsewhere."""
+    if device.type != "cuda":
+        return BackendChoice(
+            "grouped", f"on {device.type} one product an expert, over exactly its rows, is fastest"
+        )
+    if dtype != torch.bfloat16:
+        return BackendChoice(
+            "padded", f"CUDA's grouped product takes bfloat16, not {str(dtype).removeprefix('torch.')}"
+        )
+    if d_model * dtype.itemsize % 16 != 0:
+        return BackendChoice(
+            "padded", f"CUDA's grouped product takes rows of whole 16 bytes, not {d_model * 2}"
+        )
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return BackendChoice("padded", "CUDA's grouped product takes a GPU of compute capability 8.0 or more")
+    return BackendChoice("grouped", "CUDA multiplies the rows of all experts in one grouped product")
 
 
 Weights = Sequence[Tensor]  # w1, b1, w2, b2 in the dtype of the rows
@@ -93,6 +122,8 @@ _ROWS_AT_ONCE = 2048
 # For few rows the CPU libraries are faster at `W @ x^T` than at `x @ W^T`, for which they repack the weight. Measured
 # at D=512, F=2048, fp32: 12% less time at 64 rows, 30% less at 8, 13% more at 1024.
 _FEW_ROWS = 128
+# From this size on, C libraries do not keep freed memory for the next request.
+_LARGE_BYTES = 32 * 2**20
 
 
 def _segments(sizes: Sequence[int], at_most: int | None = None) -> Iterator[tuple[int, slice]]:
@@ -199,7 +230,7 @@ class GroupedLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         grad_y = grad_y.contiguous()
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_weight = _empty_gradient(weight) if need_weight else None
         grad_bias = weight.new_zeros(weight.shape[:2]) if need_bias else None
         for expert, rows in _segments(ctx.sizes):
             if grad_x is not None:
@@ -215,3 +246,19 @@ class GroupedLinear(torch.autograd.Function):
                 if size == 0:
                     grad_weight[expert] = 0
         return grad_x, grad_weight, grad_bias, None
+
+
+def _empty_gradient(weight: Tensor) -> Tensor:
+    """`torch.empty_like` of a contiguous CPU tensor, on huge pages where it is large and Linux has them.
+
+    C libraries give blocks of 32 MiB and more back when they are freed, so a gradient of that size is made of new pages
+    at every step: 8,192 of 4 kB, each a detour through the kernel, or 16 huge ones. It is all of a step's time by which
+    eight experts of 512 x 2048 would be slower than eight modules with a small gradient each.
+    """
+    size = weight.numel() * weight.element_size()
+    if size < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them; the pages are good all the same
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=weight.dtype).view(weight.shape)

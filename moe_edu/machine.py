@@ -118,8 +118,13 @@ def peak_memory_mb() -> float | None:
     """The largest resident memory of this process so far, in MB (10^6 bytes); None on Windows, which does not say."""
     if sys.platform == "win32":
         return None
+    if sys.platform == "linux":
+        # Not getrusage, whose peak a process inherits from the one that started it.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts kilobytes, macOS bytes.
+    # macOS counts bytes, other systems kilobytes.
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

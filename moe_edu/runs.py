@@ -30,13 +30,10 @@ def write_json(path: Path, value: Any) -> None:
 def save_state(
     directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
 ) -> None:
-    """Replace the run's resumable state: weights, optimizer moments, random state, and `progress` (JSON)."""
+    """Replace the run's resumable state: weights, optimizer moments, and `progress` (JSON)."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
     scratch = directory / (STATE_FILE + ".part")
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
@@ -47,7 +44,7 @@ def save_state(
 
 
 def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Bring `model`, `optimizer` and the random state back; returns the saved progress.
+    """Bring `model` and `optimizer` back; returns the saved progress.
 
     Raises:
         CheckpointError: no state there, a damaged one, or one of another model.
@@ -66,9 +63,6 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"the state in {directory} is of another model: {error}") from error
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
     return progress
 
 

@@ -22,6 +22,8 @@ class TrainingSettings:
         targets: languages to translate into; None for all of `languages`.
         batch_tokens: sentence pairs times the tokens of the longest sentence, at most; a batch has about twice
             as many tokens, source and target together.
+        shards: parts that each batch is cut into, routed and differentiated apart, on the CPU in a process each where
+            there are so many cores; by default two on the CPU and one on a GPU.
         und_rate: how often the source tag is replaced by "und", so that the model also learns to do without.
         vocab_size: of the tokenizer, tags included.
         learning_rate: at the top of the schedule: linear warm-up, then a cosine to zero.
@@ -45,10 +47,11 @@ class TrainingSettings:
     languages: tuple[str, ...] | None = None
     targets: tuple[str, ...] | None = ("eng_Latn",)
     batch_tokens: int = 400
+    shards: int | None = None
     und_rate: float = 0.2
     vocab_size: int = 3000
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
+    learning_rate: float = 3e-3
+    warmup_steps: int = 600
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     label_smoothing: float = 0.0
@@ -66,8 +69,10 @@ class TrainingSettings:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"TrainingSettings.{name} must be positive; got {getattr(self, name)}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"TrainingSettings.seconds must be positive; got {self.seconds}")
+        for name in ("seconds", "shards"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"TrainingSettings.{name} must be positive; got {value}")
 
 
 def small_config(**fields: Any) -> MoEConfig:

@@ -1,33 +1,38 @@
 """Training a translator: the schedule, one step, the loop, and what a run leaves behind.
 
-A run is deterministic for its seed and thread count, and one that was killed resumes to the same weights: the state on
-disk holds the weights, the optimizer, the random state and the place in the data.
+A run is deterministic for its seed and thread count, on one process or several, and one that was killed resumes to the
+same weights: the state on disk holds the weights, the optimizer and the step, from which data and dropout follow.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 from tqdm.auto import tqdm
 
 from moe_edu.capstone import Pieces, assemble
 from moe_edu.data import Batch, Corpus, PairBatches, SentencePair, Tokenizer
 from moe_edu.evaluation import evaluate, sample_examples
-from moe_edu.losses import MoELoss, SpecialLossNormalizingFactor, moe_loss
+from moe_edu.gradients import add_gradients, autocast_dtype, bind_parameters, cut_shards, mean_load, mean_loss
+from moe_edu.gradients import compute_loss as compute_loss
+from moe_edu.losses import MoELoss
 from moe_edu.machine import peak_memory_mb, resolve_device
-from moe_edu.metrics import ExpertMetrics, collect_metrics, summarize_metrics
-from moe_edu.model import MoETranslator, TranslatorOutput
+from moe_edu.metrics import ExpertMetrics, summarize_metrics
+from moe_edu.model import MoETranslator
 from moe_edu.pretrained import TextTranslator
-from moe_edu.routing import count_per_expert
 from moe_edu.runs import LOG_FILE, RESULT_FILE, STATE_FILE, RunLog, load_state, save_state, write_json
-from moe_edu.settings import Precision, TrainingSettings, small_config
+from moe_edu.settings import TrainingSettings, small_config
+from moe_edu.workers import WorkerPool
 
 Record = dict[str, Any]
 OnRecord = Callable[[Record, TextTranslator], None]
@@ -51,7 +56,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: its parts.
-        expert_metrics: router statistics, one entry a sparse layer.
+        expert_metrics: router statistics, one entry a sparse layer and shard.
         expert_load: share of the first choices that each expert received, `[E]`, by layer ("encoder.1").
         gradient_norm: before clipping.
     """
@@ -68,56 +73,43 @@ def learning_rate_at(settings: TrainingSettings, step: int, progress: float) -> 
     return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def compute_loss(
-    output: TranslatorOutput, batch: Batch, settings: TrainingSettings, pieces: Pieces | None = None
-) -> tuple[MoELoss, tuple[ExpertMetrics, ...]]:
-    """The loss of one batch, per real target token, and what the routers did; `pieces` may bring the router losses."""
-    metrics = collect_metrics(output.routing) if pieces is None else pieces.collect_metrics(output.routing)
-    loss = moe_loss(
-        output.logits,
-        batch.labels,
-        batch.decoder_mask,
-        expert_metrics=metrics,
-        # Without a layer that routed (a dense model, or LayerDrop took them all) there is nothing to balance.
-        aux_loss_factor=settings.aux_loss_factor if metrics else 0.0,
-        router_z_loss_factor=settings.router_z_loss_factor if metrics else 0.0,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        loss_normalizing_factor=SpecialLossNormalizingFactor.NUM_REAL_TARGET_TOKENS,
-    )
-    return loss, metrics
-
-
-def expert_load(output: TranslatorOutput) -> dict[str, Tensor]:
-    """Share of the first choices that each expert received, `[E]`, by sparse layer ("encoder.1")."""
-    shares = {}
-    for side, routing in (("encoder", output.encoder.routing), ("decoder", output.decoder.routing)):
-        for i, layer in enumerate(routing):
-            if layer is not None:
-                counts = count_per_expert(layer.expert_index[:, 0], layer.num_experts)
-                shares[f"{side}.{i}"] = counts / counts.sum().clamp(min=1)
-    return shares
-
-
 class Trainer:
-    """A model and its optimizer, one step at a time."""
+    """A model and its optimizer, one step at a time.
+
+    The model's parameters become views into one long tensor: it has one trainer at a time, and stays on its device.
+    """
 
     def __init__(
-        self, model: MoETranslator, settings: TrainingSettings, pieces: Pieces | None = None
+        self,
+        model: MoETranslator,
+        settings: TrainingSettings,
+        pieces: Pieces | None = None,
+        workers: WorkerPool | None = None,
     ) -> None:
-        self.model = model if pieces is None else assemble(model, pieces)
+        model = model if pieces is None else assemble(model, pieces)
+        self.model = model
+        self.pieces = pieces
         self.settings = settings
         self.pieces = pieces
         self.device = model.shared.weight.device
-        self.dtype = autocast_dtype(settings.precision, self.device)
+        self.workers = workers
+        self.steps_done = 0
+        values = parameters_to_vector(model.parameters()).detach()
+        self.weights = nn.Parameter(torch.empty_like(values) if workers is None else workers.weights)
+        self.gradients = torch.empty_like(values) if workers is None else workers.gradients
+        with torch.no_grad():
+            self.weights.copy_(values)
+        self.weights.grad = self.gradients
+        bind_parameters(model, self.weights, self.gradients)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [self.weights],
             lr=settings.learning_rate,
             betas=(0.9, 0.98),
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        dtype = autocast_dtype(settings.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
     def step(self, batch: Batch, learning_rate: float) -> StepResult:
         """Forward, backward, clip, update.
@@ -126,28 +118,36 @@ class Trainer:
             TrainingDivergedError: a loss or, without a loss scale, a gradient that is not finite. The weights are
                 those from before the step.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            batch = batch.to(self.device)
-            output = self.model(
-                batch.source_ids, batch.source_mask, batch.decoder_input_ids, batch.decoder_mask
-            )
-            loss, metrics = compute_loss(output, batch, self.settings, self.pieces)
-        self.scaler.scale(loss.total).backward()
+        if not self.model.training:
+            self.model.train()
+        self.gradients.zero_()
+        shards = cut_shards(
+            batch, resolve_shards(self.settings, self.device), self.settings.seed, self.steps_done
+        )
+        if self.workers is not None:
+            self.workers.start(shards[1:])
+        scale = self.scaler.scale(self.gradients.new_ones(()))
+        local = shards if self.workers is None else shards[:1]
+        results = [add_gradients(self.model, shard, self.settings, self.pieces, scale) for shard in local]
+        if self.workers is not None:
+            results += self.workers.finish(len(shards) - 1)
+        loss = mean_loss(shards, results)
+
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        norm = self.gradients.norm()
+        self.gradients.mul_((self.settings.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         # With a loss scale an infinite gradient is routine: the scaler skips the step and lowers the scale.
         suspects = loss.total if self.scaler.is_enabled() else loss.total + norm
         if not torch.isfinite(suspects):
             raise TrainingDivergedError(
                 f"the loss is {loss.total.item():.4g}, its gradient norm {norm.item():.4g}"
             )
+        self.optimizer.param_groups[0]["lr"] = learning_rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return StepResult(loss, metrics, expert_load(output), norm)
+        self.steps_done += 1
+        metrics = tuple(layer for result in results for layer in result.expert_metrics)
+        return StepResult(loss, metrics, mean_load(results), norm)
 
 
 def train(
@@ -158,6 +158,7 @@ def train(
     pieces: Pieces | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    processes: int | None = None,
     on_record: OnRecord | None = None,
     show_progress: bool = True,
     checkpoint_every: int = 200,
@@ -173,6 +174,8 @@ def train(
         pieces: a learner's functions, to run in the place of ours; see `moe_edu.capstone`.
         out: where to leave the model, tokenizer, log, state and `result.json`; None keeps everything in memory.
         resume: go on from the state in `out`.
+        processes: 1, or as many as the batch has shards, on the CPU; None is the latter where there are so many cores.
+            The weights are the same either way. `torch.get_num_threads()` threads are divided among them.
         on_record: called after each log line with the line and the translator, for live plots.
         show_progress: draw a progress bar.
         checkpoint_every: steps between saved states; only with `out`.
@@ -204,21 +207,26 @@ def train(
     # The caller's random state is none of our business, and ours must depend on the seed alone.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        trainer = Trainer(MoETranslator(config).to(device), settings, pieces)
+        model = MoETranslator(config).to(device)
+    valid = sample_examples(corpus, "valid", targets, settings.eval_sentences, settings.seed)
+    # A learner's functions cannot be sent to another process.
+    with start_workers(model, settings, processes if pieces is None else 1) as workers:
+        trainer = Trainer(model, settings, pieces, workers)
         translator = TextTranslator(trainer.model, tokenizer)
-        valid = sample_examples(corpus, "valid", targets, settings.eval_sentences, settings.seed)
         history, progress = run_loop(
             trainer, translator, batches, valid, directory, resume, on_record, show_progress, checkpoint_every
         )
+        workers_mb = 0.0 if workers is None else workers.peak_memory_mb()
     trainer.model.eval()
-    test = sample_examples(corpus, "test", targets, test_sentences, settings.seed)
+    test = evaluate(translator, sample_examples(corpus, "test", targets, test_sentences, settings.seed))
+    own_mb = peak_memory_mb()
     summary = {
         "seconds": round(progress.seconds, 1),
         "steps": progress.step,
         "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9)),
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "test": evaluate(translator, test).to_json(),
-        "peak_rss_mb": peak_memory_mb(),
+        "parameters": trainer.weights.numel(),
+        "test": test.to_json(),
+        "peak_rss_mb": None if own_mb is None else own_mb + workers_mb,
         "settings": asdict(settings),
         "config": asdict(config),
     }
@@ -260,6 +268,7 @@ def run_loop(
         check_same_run(saved["identity"], identity)
         trainer.scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
+        trainer.steps_done = progress.step
     log = RunLog(None if directory is None else directory / LOG_FILE, progress.step if resume else None)
 
     def save() -> None:
@@ -329,13 +338,26 @@ def make_record(result: StepResult, batch: Batch, progress: Progress, learning_r
     }
 
 
-def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """What autocast computes in; None for plain fp32."""
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+def resolve_shards(settings: TrainingSettings, device: torch.device) -> int:
+    """How many shards a batch is cut into: `settings.shards`, or by the device where that is None."""
+    if settings.shards is not None:
+        return settings.shards
+    return 2 if device.type == "cpu" else 1
+
+
+def start_workers(
+    model: MoETranslator, settings: TrainingSettings, processes: int | None
+) -> AbstractContextManager[WorkerPool | None]:
+    """A worker for each shard but the first; None where this process computes all shards."""
+    device = model.shared.weight.device
+    shards = resolve_shards(settings, device)
+    if processes is None:
+        processes = shards if device.type == "cpu" and shards <= (os.cpu_count() or 1) else 1
+    if processes not in (1, shards):
+        raise ValueError(f"processes must be 1 or the number of shards, {shards}; got {processes}")
+    if processes > 1 and device.type != "cpu":
+        raise ValueError(f"several processes train on the CPU only; the device is {device}")
+    return nullcontext() if processes == 1 else WorkerPool(shards - 1, model, settings)
 
 
 def prepare_directory(out: str | Path | None, resume: bool) -> Path | None:

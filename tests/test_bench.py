@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from moe_edu.bench import LayerSize, bench, run_layer_bench
 from moe_edu.bench import layer as layer_bench
+from moe_edu.bench import model as model_bench
 from moe_edu.bench.contenders import our_layer, reference_layer
 from moe_edu.bench.exact import exact_step, forward_error, gradient_error
 from moe_edu.bench.layer import Measured
@@ -192,3 +193,34 @@ class TestCommand:
         result = CliRunner().invoke(bench, ["layer", "--tokens", text])
         assert result.exit_code == 2
         assert "positive whole numbers" in result.output
+
+
+class TestModelBench:
+    def test_quick_run_prints_and_writes(self, tmp_path):
+        path = tmp_path / "model.json"
+        outcome = CliRunner().invoke(bench, ["model", "--quick", "--processes", "1", "--output", str(path)])
+        assert outcome.exit_code == 0, outcome.output
+        assert "training" in outcome.output
+        assert "beams 4" in outcome.output
+        written = json.loads(path.read_text("utf-8"))
+        assert written["machine"]["processor"]
+        result = written["result"]
+        assert result["processes"] == 1
+        assert result["training"]["tokens"] > 0
+        for part in ("training", "generation"):
+            ratio = result[part]["reference"]["median_ms"] / result[part]["ours"]["median_ms"]
+            assert written["speedup"][part] == pytest.approx(ratio)
+
+    def test_a_model_that_disagrees_is_not_timed(self, monkeypatch):
+        """Nobody is faster with other results."""
+        make = model_bench.make_reference
+
+        def make_other(model):
+            reference = make(model)
+            with torch.no_grad():
+                reference.model.decoder.layer_norm.bias.add_(0.1)
+            return reference
+
+        monkeypatch.setattr(model_bench, "make_reference", make_other)
+        with pytest.raises(ArithmeticError, match="differ"):
+            model_bench.run_model_bench(batches=1, sentences=2, beams=1, repeats=1, processes=1, quick=True)

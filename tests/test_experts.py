@@ -1,15 +1,18 @@
 """Each back end against the slow loop, forward and in every gradient; the whole sparse layer likewise."""
 
 import copy
+import mmap
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moe_edu
 from moe_edu.config import MoEConfig
 from moe_edu.dispatch import permute, plan_dispatch, unpermute
-from moe_edu.experts import Experts, _grouped_cuda, _loop, choose_backend
+from moe_edu.experts import BackendChoice, Experts, _empty_gradient, _grouped_cuda, _loop, choose_backend
 from moe_edu.layers import SparseMLP
 from moe_edu.reference import loop_gating, loop_sparse_mlp
 from moe_edu.routing import RouterOutput, top2_gating
@@ -228,8 +231,46 @@ def test_rows_of_nobody_come_back_finite_and_get_no_gradient(backend):
     assert grad[:3].any()
 
 
+class TestChoice:
+    def test_a_named_back_end_runs(self):
+        for backend in BACKENDS:
+            choice = moe_edu.explain_backend(SparseMLP(make_config(3, 4), 5, backend).experts)
+            assert choice.backend == backend
+            assert "named" in choice.reason
+
+    @pytest.mark.parametrize(
+        ("dtype", "d_model", "capability", "backend", "reason"),
+        [
+            (torch.bfloat16, 64, (8, 0), "grouped", "one grouped product"),
+            (torch.bfloat16, 9, (9, 0), "padded", "16 bytes, not 18"),
+            (torch.float16, 64, (9, 0), "padded", "not float16"),
+            (torch.bfloat16, 64, (7, 5), "padded", "compute capability"),
+        ],
+    )
+    def test_gpu(self, dtype, d_model, capability, backend, reason, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        choice = choose_backend(torch.device("cuda"), dtype, d_model)
+        assert choice.backend == backend
+        assert reason in choice.reason
+
+    def test_what_is_explained_is_what_runs(self, monkeypatch):
+        """Under autocast, too, whose dtype is not the weights'."""
+        asked = []
+
+        def remember(device, dtype, d_model):
+            asked.append(dtype)
+            return BackendChoice("padded", "it is a test")
+
+        monkeypatch.setattr("moe_edu.experts.choose_backend", remember)
+        layer = SparseMLP(make_config(3, 4), 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(torch.randn(2, 5, 4))
+        assert moe_edu.explain_backend(layer.experts).reason == "it is a test"
+        assert asked == [torch.bfloat16, torch.float32]
+
+
 def test_auto_picks_a_back_end_that_exists():
-    assert choose_backend(torch.zeros(2, 3)) in BACKENDS
+    assert choose_backend(torch.device("cpu"), torch.float32, 3).backend in BACKENDS
     layer = SparseMLP(make_config(3, 4), 5)
     assert layer.experts.backend == "auto"
     hidden = torch.randn(2, 5, 4)
@@ -237,6 +278,47 @@ def test_auto_picks_a_back_end_that_exists():
         other = SparseMLP(make_config(3, 4), 5, backend)
         other.load_state_dict(layer.state_dict())
         torch.testing.assert_close(other(hidden)[0], layer(hidden)[0])
+
+
+class TestLargeGradients:
+    """Gradients of 32 MiB and more lie on huge pages: the same numbers in another kind of memory."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_equal_the_float64_loop(self, dtype, monkeypatch):
+        monkeypatch.setattr("moe_edu.experts._LARGE_BYTES", 0)
+        check_layer(SparseMLP(make_config(5, 9, expert_capacity=3), 11, "grouped"), dtype, "cpu")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="huge pages on demand are Linux's")
+    @pytest.mark.parametrize("advice", [None, OSError("no huge pages here")])
+    def test_a_kernel_without_huge_pages_is_as_good(self, advice, monkeypatch):
+        asked = []
+
+        class Pages(mmap.mmap):
+            def madvise(self, option, *range_):
+                asked.append(option)
+                if advice is not None:
+                    raise advice
+
+        monkeypatch.setattr("moe_edu.experts._LARGE_BYTES", 0)
+        monkeypatch.setattr(mmap, "mmap", Pages)
+        check_layer(SparseMLP(make_config(5, 9, expert_capacity=3), 11, "grouped"), torch.float32, "cpu")
+        assert set(asked) == {mmap.MADV_HUGEPAGE}
+
+    def test_a_gradient_is_taken_over_without_a_copy(self, monkeypatch):
+        """Else the pages would be written twice."""
+        made = []
+
+        def remember(weight, make=_empty_gradient):
+            made.append(make(weight))
+            return made[-1].view(weight.shape)
+
+        monkeypatch.setattr("moe_edu.experts._LARGE_BYTES", 0)
+        monkeypatch.setattr("moe_edu.experts._empty_gradient", remember)
+        layer = SparseMLP(make_config(5, 9), 11, "grouped")
+        layer(torch.randn(2, 7, 9))[0].sum().backward()
+        assert {layer.experts.w1.grad.data_ptr(), layer.experts.w2.grad.data_ptr()} == {
+            t.data_ptr() for t in made
+        }
 
 
 @pytest.mark.gpu

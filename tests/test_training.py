@@ -31,6 +31,7 @@ KILLED_RUN = {
     "vocab-size": 600,
     "languages": "eng_Latn,fra_Latn",
     "threads": 1,
+    "processes": 2,
     "d-model": 32,
     "checkpoint-every": 3,
     "log-every": 1,
@@ -45,7 +46,13 @@ def corpus() -> Corpus:
 
 
 def run(corpus, settings=SETTINGS, **options):
-    defaults = {"model_fields": TINY, "show_progress": False, "test_sentences": 6, "checkpoint_every": 5}
+    defaults = {
+        "model_fields": TINY,
+        "processes": 1,
+        "show_progress": False,
+        "test_sentences": 6,
+        "checkpoint_every": 5,
+    }
     return train(corpus, settings, **{**defaults, **options})
 
 
@@ -185,7 +192,7 @@ class TestResume:
 
     def test_other_settings_are_refused_by_name(self, corpus, tmp_path):
         run(corpus, out=tmp_path)
-        with pytest.raises(ValueError, match=r"learning_rate was 0\.001, is 0\.5"):
+        with pytest.raises(ValueError, match=r"learning_rate was 0\.003, is 0\.5"):
             run(corpus, dataclasses.replace(SETTINGS, learning_rate=0.5), out=tmp_path, resume=True)
 
     def test_a_run_is_never_overwritten(self, corpus, tmp_path):

@@ -114,3 +114,61 @@ def layer(
         if output is not None:
             write_json(output, machine, results)
     click.echo(format_summary(results))
+
+
+@bench.command()
+@click.option(
+    "--batches", type=click.IntRange(1), default=10, show_default=True, help="Training batches a timed call."
+)
+@click.option(
+    "--sentences", type=click.IntRange(1), default=64, show_default=True, help="Sentences to translate."
+)
+@click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
+@click.option(
+    "--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed calls of each contender."
+)
+@click.option(
+    "--threads", type=click.IntRange(1), default=None, help="CPU threads; by default PyTorch's choice."
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=None,
+    help="moe_edu's training processes, as in moe-edu train.",
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Write JSON here."
+)
+@click.option(
+    "--quick", is_flag=True, help="A tiny model, one repeat: shows that it works, measures nothing."
+)
+def model(
+    batches: int,
+    sentences: int,
+    beams: int,
+    repeats: int,
+    threads: int | None,
+    processes: int | None,
+    output: Path | None,
+    quick: bool,
+) -> None:
+    """Compare training and generation of the small translator with the same model in transformers.
+
+    Both have the same weights, batches and optimizer; logits and generated ids are compared before anything is timed.
+    """
+    # Brings in the corpus and its tools, which no other command here needs.
+    from moe_edu.bench.model import format_model_result, run_model_bench, write_model_json
+
+    advice = reference_is_here()
+    if advice is not None:
+        raise click.ClickException(advice)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    machine = this_machine()
+    click.echo(format_machine(machine))
+    result = run_model_bench(
+        batches=batches, sentences=sentences, beams=beams, repeats=repeats, processes=processes, quick=quick
+    )
+    click.echo(format_model_result(result))
+    if output is not None:
+        write_model_json(output, machine, result)

@@ -57,6 +57,22 @@ class Batch:
             labels=self.labels.to(device),
         )
 
+    def split(self, parts: int) -> list[Batch]:
+        """At most `parts` batches of every `parts`-th pair each, as wide as they need to be and alike in length."""
+        return [self._every(slice(i, None, parts)) for i in range(min(parts, len(self)))]
+
+    def _every(self, pairs: slice) -> Batch:
+        S, L = (int(mask[pairs].sum(dim=1).max()) for mask in (self.source_mask, self.decoder_mask))
+        return Batch(
+            source_ids=self.source_ids[pairs, :S],
+            source_mask=self.source_mask[pairs, :S],
+            decoder_input_ids=self.decoder_input_ids[pairs, :L],
+            decoder_mask=self.decoder_mask[pairs, :L],
+            labels=self.labels[pairs, :L],
+            source_languages=self.source_languages[pairs],
+            target_languages=self.target_languages[pairs],
+        )
+
     def describe(self) -> str:
         """One line for error messages."""
         directions = zip(self.source_languages, self.target_languages, strict=True)

@@ -59,10 +59,16 @@ TEST_SENTENCES = 500  # of those that chrF++ is measured on
 KEEP = (16, 12, 8, 4, 2, 1)
 
 LETTER_SETTINGS = TrainingSettings(
-    steps=2500, batch_tokens=1000, learning_rate=5e-3, router_z_loss_factor=0.001
+    steps=2500, batch_tokens=1000, learning_rate=5e-3, warmup_steps=100, router_z_loss_factor=0.001
 )
 DECODER_SETTINGS = TrainingSettings(
-    steps=1200, languages=MANY_TO_MANY, targets=None, vocab_size=1500, learning_rate=3e-3
+    steps=1200,
+    languages=MANY_TO_MANY,
+    targets=None,
+    vocab_size=1500,
+    learning_rate=3e-3,
+    warmup_steps=100,
+    shards=1,
 )
 
 

@@ -47,7 +47,9 @@ def execute(notebook: NotebookNode, folder: Path) -> Cost:
         for index, cell in enumerate(notebook.cells):
             client.execute_cell(cell, index)
         seconds = time.perf_counter() - start
-        notebook.cells.append(new_code_cell("from moe_edu.machine import peak_memory_mb\nprint(peak_memory_mb())"))
+        notebook.cells.append(
+            new_code_cell("from moe_edu.machine import peak_memory_mb\nprint(peak_memory_mb())")
+        )
         client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
     probe = notebook.cells.pop()
     drop_widgets(notebook)
@@ -74,7 +76,10 @@ def main(paths: tuple[Path, ...], check: bool) -> None:
         if not check:
             nbformat.write(notebook, path)
         memory = "unknown" if peak is None else f"{peak:.0f} MB"
-        print(f"{path.name}: {seconds:.0f} s, peak memory {memory}, {path.stat().st_size / 1000:.0f} kB", flush=True)
+        print(
+            f"{path.name}: {seconds:.0f} s, peak memory {memory}, {path.stat().st_size / 1000:.0f} kB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

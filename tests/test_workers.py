@@ -1,0 +1,168 @@
+"""Shards and the processes that compute them: the same weights on one process as on several."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from moe_edu.data import Batch, PairBatches, Tokenizer, load_corpus
+from moe_edu.gradients import add_gradients, bind_parameters, cut_shards
+from moe_edu.model import MoETranslator
+from moe_edu.settings import TrainingSettings, small_config
+from moe_edu.training import Trainer, start_workers
+
+BALLAST_MB = 500
+SETTINGS = TrainingSettings(batch_tokens=300, vocab_size=600, seed=3)
+
+
+def make_model(**fields) -> MoETranslator:
+    torch.manual_seed(0)
+    defaults = {
+        "vocab_size": 600,
+        "d_model": 32,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "num_experts": 4,
+    }
+    return MoETranslator(small_config(**{**defaults, **fields}))
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    corpus = load_corpus(["eng_Latn", "fra_Latn", "ell_Grek"])
+    tokenizer = Tokenizer.train(corpus.train.texts(), corpus.languages, 600)
+    stream = PairBatches(corpus, tokenizer, batch_tokens=300, seed=1).stream()
+    return [next(stream) for _ in range(6)]
+
+
+def train_steps(model: MoETranslator, batches: list[Batch], settings: TrainingSettings, processes: int):
+    with start_workers(model, settings, processes) as workers:
+        trainer = Trainer(model, settings, workers=workers)
+        outcomes = [trainer.step(batch, 1e-2) for batch in batches]
+        return trainer.weights.detach().clone(), outcomes
+
+
+def test_processes_change_nothing(batches):
+    """Bit for bit, with everything random: dropout, LayerDrop, sampled second experts, masked expert outputs."""
+    fields = {
+        "dropout": 0.1,
+        "encoder_layerdrop": 0.3,
+        "second_expert_policy": "sampling",
+        "moe_token_dropout": 0.2,
+        "encoder_sparse_step": 1,
+    }
+    shards = 3
+    settings = TrainingSettings(shards=shards, seed=3)
+    few = [
+        batches[0],
+        batches[1].split(len(batches[1]))[0],
+        *batches[2:],
+    ]  # one batch of a single pair among them
+    alone, expected = train_steps(make_model(**fields), few, settings, 1)
+    together, outcomes = train_steps(make_model(**fields), few, settings, shards)
+    assert torch.equal(alone, together)
+    for mine, theirs in zip(outcomes, expected, strict=True):
+        assert torch.equal(torch.stack(list(mine.loss)), torch.stack(list(theirs.loss)))
+        assert len(mine.expert_metrics) == len(theirs.expert_metrics)
+        assert mine.expert_load.keys() == theirs.expert_load.keys()
+    assert any(len(outcome.expert_metrics) != 2 * shards for outcome in outcomes), "LayerDrop never acted"
+
+
+def test_gradient_is_the_mean_over_all_target_tokens(batches):
+    """Without experts a batch cut into shards has the gradient of the whole batch."""
+    model = make_model(encoder_sparse_step=0).double()
+    gradients = []
+    for parts in (1, 3):
+        model.zero_grad()
+        shards = cut_shards(batches[0], parts, seed=0, step=0)
+        assert len(shards) == parts
+        assert sum(shard.weight for shard in shards) == pytest.approx(1)
+        for shard in shards:
+            add_gradients(model, shard, SETTINGS)
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for whole, cut in zip(*gradients, strict=True):
+        torch.testing.assert_close(cut, whole)
+
+
+def test_each_shard_has_its_own_capacity(batches):
+    model = make_model()
+    capacities = []
+    for shard in cut_shards(batches[0], 2, seed=0, step=0):
+        routing = model.encoder(shard.batch.source_ids, shard.batch.source_mask).routing[1]
+        capacities.append(routing.capacity)
+        assert routing.num_tokens == shard.batch.source_ids.numel()
+    whole = model.encoder(batches[0].source_ids, batches[0].source_mask).routing[1].capacity
+    assert max(capacities) < whole
+
+
+def test_split_keeps_every_pair_and_trims_padding(batches):
+    batch = batches[0]
+    parts = batch.split(3)
+    assert sum(part.num_tokens for part in parts) == batch.num_tokens
+    assert sorted(code for part in parts for code in part.source_languages) == sorted(batch.source_languages)
+    for part in parts:
+        assert part.source_mask.any(dim=0).all(), "a column of nothing but padding"
+        assert part.decoder_mask.any(dim=0).all()
+        rows = {tuple(row[row != 1].tolist()) for row in batch.source_ids}
+        assert {tuple(row[row != 1].tolist()) for row in part.source_ids} <= rows
+    assert len(batch.split(10**6)) == len(batch)
+
+
+def test_steps_leave_the_callers_random_state(batches):
+    trainer = Trainer(make_model(dropout=0.1), SETTINGS)
+    before = torch.get_rng_state()
+    trainer.step(batches[0], 1e-3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_shards_and_steps_draw_different_dropout(batches):
+    seeds = [shard.seed for step in (0, 1) for shard in cut_shards(batches[0], 2, seed=0, step=step)]
+    assert len(set(seeds)) == 4
+
+
+def test_parameters_stay_views_of_one_tensor(batches):
+    model = make_model()
+    values = [parameter.detach().clone() for parameter in model.parameters()]
+    size = sum(value.numel() for value in values)
+    weights, gradients = torch.cat([value.flatten() for value in values]), torch.zeros(size)
+    bind_parameters(model, weights, gradients)
+    for parameter, value in zip(model.parameters(), values, strict=True):
+        assert torch.equal(parameter, value)
+    add_gradients(model, cut_shards(batches[0], 1, seed=0, step=0)[0], SETTINGS)
+    assert torch.equal(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), gradients)
+    weights.zero_()
+    assert not any(parameter.any() for parameter in model.parameters())
+
+
+def test_a_worker_that_dies_is_named_and_none_is_left(batches):
+    threads = torch.get_num_threads()
+    ballast = torch.ones(BALLAST_MB * 10**6, dtype=torch.uint8)  # is in memory while the worker starts
+    with start_workers(make_model(), SETTINGS, 2) as workers:
+        del ballast
+        (process,) = workers._processes
+        assert 0 < workers.peak_memory_mb() < BALLAST_MB + 100, "the worker's own peak, not its parent's"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with pytest.raises(RuntimeError, match="a worker process ended with status -9"):
+            workers.start(cut_shards(batches[0], 2, seed=0, step=0)[1:])
+        with pytest.raises(RuntimeError, match="a worker process ended with status -9"):
+            workers.finish(1)
+    assert torch.get_num_threads() == threads
+
+
+def test_workers_end_with_the_run(batches):
+    model = make_model()
+    with start_workers(model, SETTINGS, 2) as workers:
+        processes = list(workers._processes)
+        Trainer(model, SETTINGS, workers=workers).step(batches[0], 1e-3)
+    assert [process.poll() for process in processes] == [0]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters()), (
+        "the weights outlive them"
+    )
+
+
+@pytest.mark.parametrize("processes", [3, 5])
+def test_processes_must_fit_the_shards(processes):
+    with pytest.raises(ValueError, match="processes must be 1 or the number of shards, 2"):
+        start_workers(make_model(), SETTINGS, processes)
