@@ -53,13 +53,13 @@ class DictionarySettings:
     experts: int = 8
     dense_width: int = 48
     expert_width: int = 24
-    steps: int = 1000
+    steps: int = 1500
     seed: int = 0
     learning_rate: float = 2e-2
     capacity_factor: float = 2.0
     balance: float = 0.01
     z: float = 0.001
-    batch: int = 256
+    batch: int = 512
     warmup: int = 100
     clip: float = 1.0
     d_model: int = 24

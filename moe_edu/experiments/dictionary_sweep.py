@@ -8,6 +8,7 @@ python -m moe_edu.experiments.dictionary_sweep table                 # the resul
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 from collections.abc import Iterable, Mapping
@@ -34,13 +35,13 @@ PLAN: Plan = {
     # The dense twin with what the 32 experts take besides: their processor time, or the router's multiplications
     # (32 * 24 a character and layer, as 16 more hidden units have).
     "controls": {
-        "dense-equal-time": (replace(BASE, experts=1, steps=2100), 3),
+        "dense-equal-time": (replace(BASE, experts=1, steps=3000), 3),
         "dense-router-work": (replace(BASE, experts=1, dense_width=64), 3),
     },
     # As many feed-forward weights as 16 experts, all of them active; at its own rate.
     "wide": {
         f"dense-wide-rate-{rate:g}": (replace(BASE, experts=1, dense_width=384, learning_rate=rate), 3)
-        for rate in (0.01, 0.005, 0.02)
+        for rate in (0.01, 0.02, 0.04)
     },
     "rate": {
         f"experts-{e}-rate-{rate:g}": (replace(BASE, experts=e, learning_rate=rate), 3)
@@ -56,22 +57,27 @@ MEASURES = ("recall", "test", "test_new_spelling", "cpu_seconds")
 
 
 class Summary(NamedTuple):
-    """Mean and sample standard deviation over `n` seeds; the deviation of one run is 0."""
+    """Mean and sample standard deviation over `n` seeds; NaN where there is one run, which has no spread."""
 
     mean: float
     deviation: float
     n: int
 
+    def text(self, digits: int = 3) -> str:
+        """ "0.599 ± 0.006", or "0.690 (one run)"."""
+        spread = "(one run)" if self.n == 1 else f"± {self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f} {spread}"
+
 
 def summarize(values: Iterable[float]) -> Summary:
     numbers = list(values)
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
     return Summary(statistics.mean(numbers), deviation, len(numbers))
 
 
 def load_results() -> dict[str, Any]:
-    """The results that ship: `{"command", "versions", "runs": [...]}`, each run as `dictionary.run` returns it, with
-    its `group` and `cell`."""
+    """The results that ship: `{"command", "base", "runs": [...]}`, each run as `dictionary.run` returns it, with its
+    `group`, `cell`, `versions` and `threads`. Cells of the plan that were not run are not in it."""
     text = files("moe_edu.experiments").joinpath("results", RESULTS_FILE).read_text(encoding="utf-8")
     results: dict[str, Any] = json.loads(text)
     return results
@@ -91,9 +97,8 @@ def format_table(runs: Iterable[Mapping[str, Any]]) -> str:
     for cell, results in by_cell(runs).items():
         line = f"{cell:26}{len(results):3}{results[0]['parameters']:12,}{results[0]['active_parameters']:9,}"
         for measure in MEASURES:
-            mean, deviation, _ = summarize(result[measure] for result in results)
             digits = 1 if measure == "cpu_seconds" else 3
-            line += f"{mean:>11.{digits}f} +- {deviation:.{digits}f}".rjust(20)
+            line += f"{summarize(result[measure] for result in results).text(digits):>20}"
         lines.append(line)
     return "\n".join(lines)
 
