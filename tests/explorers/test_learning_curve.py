@@ -73,6 +73,17 @@ def test_before_the_first_look_nothing_is_translated():
     assert "nothing has been translated yet" in shown["sentence"]
 
 
+def test_what_the_lesson_says_of_the_run():
+    """At a loss below 2 no phrase is right; on the way January stands for February."""
+    points = HISTORY["runs"]["0.01"]["points"]
+    first_below = next(point["step"] for point in points if point["loss"] < 2)
+    assert not any(view(EXPLORER.state(step=first_below))["right"])
+    date = [phrase["human"] for phrase in HISTORY["phrases"]].index("February 7, 1940")
+    said = [snapshot["translations"][date] for snapshot in HISTORY["runs"]["0.01"]["snapshots"]]
+    assert "January 7, 1940" in said
+    assert said[0].isdigit()
+
+
 def test_right_is_what_the_human_wrote():
     for place, snapshot in enumerate(HISTORY["runs"]["0.01"]["snapshots"], start=1):
         shown = view(EXPLORER.state(step=place * SNAPSHOT_EVERY))
