@@ -94,10 +94,11 @@ class Exercise:
 
     def head(self) -> str:
         """The text above the cell, Markdown."""
+        minutes = f"{self.minutes} minute{'' if self.minutes == 1 else 's'}"
         found = f" Found in {self.origin}." if self.origin else ""
         return (
             f"### {self.key} {self.title}\n\n{self.task}{found}\n\n"
-            f"*{self.difficulty.capitalize()}, {self.importance}, {self.minutes} minute{'' if self.minutes == 1 else 's'}.*"
+            f"*{self.difficulty.capitalize()}, {self.importance}, {minutes}.*"
         )
 
     def cell_source(self) -> str:
