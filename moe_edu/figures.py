@@ -274,7 +274,7 @@ def dots_figure(runs: Mapping[str, Sequence[float]], x_title: str) -> go.Figure:
     )
     _set_layout(fig, height=84 + 34 * len(runs), margin={"l": 8, "r": 24, "t": 16, "b": 44})
     fig.update_xaxes(title_text=x_title, rangemode="tozero")
-    fig.update_yaxes(autorange="reversed", automargin=True, ticksuffix="  ")
+    fig.update_yaxes(type="category", autorange="reversed", automargin=True, ticksuffix="  ")
     return _described(fig, "; ".join(f"{name}: {mean:.2f}" for name, mean in means.items()) + ".")
 
 

@@ -254,3 +254,4 @@ class TestSweeps:
         assert fig.data[0].y == ("b", "b", "a")
         assert fig.data[1].text == ("0.50", "1.00")
         assert fig.layout.meta["description"] == "b: 0.50; a: 1.00."
+        assert fig.layout.yaxis.type == "category"  # "8" is a name here, no place on a scale
