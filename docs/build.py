@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
+import tomllib
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from moe_edu import explorers
 
 DOCS = Path(__file__).parent
 NOTEBOOKS = DOCS.parent / "notebooks"
+PYPROJECT = tomllib.loads((DOCS.parent / "pyproject.toml").read_text("utf-8"))
+REPOSITORY = PYPROJECT["project"]["urls"]["Repository"]
 PLOTLY_JSON = "application/vnd.plotly.v1+json"
 
 
@@ -32,6 +35,9 @@ def build(output: Path) -> int:
         shutil.copytree(NOTEBOOKS / "images", source / "images")
         for path in sorted(NOTEBOOKS.glob("*.ipynb")):
             notebook = nbformat.read(path, as_version=4)
+            for cell in notebook.cells:
+                if cell.cell_type == "markdown":  # files that are no page of the site are on GitHub
+                    cell.source = cell.source.replace("](../", f"]({REPOSITORY}/blob/main/")
             nbformat.write(with_plotly_in_html(notebook, path.stem), source / path.name)
         front = (DOCS / "index.md").read_text("utf-8")
         (source / "index.md").write_text(

@@ -22,6 +22,7 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 html_theme = "furo"
 html_title = "moe_edu"
 html_static_path = ["static"]
+html_favicon = "static/favicon.svg"
 html_css_files = ["site.css"]
 html_js_files = [("plotly.min.js", {"defer": "defer"}), "site.js"]
 html_copy_source = False

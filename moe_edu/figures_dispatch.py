@@ -38,7 +38,7 @@ def slots_html(words: Sequence[str], tensor: Tensor) -> str:
     )
     return (
         f'<div class="moe"><table style="border-collapse: collapse; width: auto; margin: 8px 0"><thead>'
-        f'<tr style="background: transparent"><th></th>{experts}</tr>'
+        f'<tr style="background: transparent"><th style="{_NAME}; font-weight: 400">expert</th>{experts}</tr>'
         f'<tr style="background: transparent"><th style="{_NAME}; font-weight: 400">slot</th>'
         f"{slots}</tr></thead><tbody>{body}</tbody></table></div>"
     )

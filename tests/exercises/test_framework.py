@@ -218,10 +218,19 @@ class TestSandbox:
 
         assert run(check, 10) == (Verdict("right", "Right."), "looking\n")
 
-    def test_no_process_is_left_behind(self):
+    @pytest.mark.skipif(sys.platform != "linux", reason="there is no process elsewhere")
+    def test_no_process_is_left_behind(self, monkeypatch):
+        children, fork = [], os.fork
+
+        def remember():
+            children.append(fork())
+            return children[-1]
+
+        monkeypatch.setattr(os, "fork", remember)
         sandbox.run_guarded(lambda: Verdict("right", ""), 10)
+        (child,) = children
         with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
+            os.waitpid(child, os.WNOHANG)
 
 
 class TestCommands:
@@ -251,7 +260,7 @@ class TestCommands:
         assert capsys.readouterr().out.startswith("def second_choice(")
 
     def test_an_unknown_key_gets_near_ones(self):
-        with pytest.raises(ValueError, match=r"there is no exercise '02\.99'; did you mean 02\."):
+        with pytest.raises(ValueError, match=r"there is no exercise '02\.99'; did you mean \d\d\.\d"):
             exercises.check("02.99", None)
 
 
