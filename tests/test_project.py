@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_edu.exercises.registry import all_exercises
+
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 CONDA_NAMES = {"torch": "pytorch-cpu"}
@@ -58,3 +60,16 @@ def test_readme_names_tests_that_exist():
     assert len(names) >= 10
     for name in names:
         assert re.search(rf"(class|def) {name}\b", tests), name
+
+
+def test_readme_counts_the_exercises():
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    real_bugs = sum(bool(exercise.origin) for exercise in all_exercises())
+    assert f"**Exercises**, {len(all_exercises())} of them" in text
+    assert f"{real_bugs} are real bugs of published code" in text
+
+
+def test_readme_names_every_lesson():
+    text = (ROOT / "README.md").read_text("utf-8")
+    for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
+        assert f"(notebooks/{path.name})" in text

@@ -79,3 +79,11 @@ class TestEveryExercise:
 def test_each_lesson_has_its_number_in_the_key():
     lessons = Counter(exercise.key[:2] for exercise in all_exercises())
     assert set(lessons) <= {f"{number:02}" for number in range(11)}
+
+
+def test_there_are_enough_of_them():
+    lessons = Counter(exercise.key[:2] for exercise in all_exercises())
+    assert len(lessons) == 11
+    assert min(lessons.values()) >= 3
+    assert sum(lessons.values()) >= 45
+    assert sum(bool(exercise.origin) for exercise in all_exercises()) >= 10
