@@ -1,7 +1,7 @@
 """What `transformers` 4.57.6 gets wrong: each defect shown on its code, beside the property of ours that excludes it.
 
-Defects of the losses are in test_losses.py. Release 5.x runs experts 0 and 1 only, whatever the router chose; it cannot
-be installed beside 4.57.6, so here stands our property alone (also in test_experts.py, for every back end).
+Defects of the losses are in test_loss_defects.py. Release 5.x runs experts 0 and 1 only, whatever the router chose; it
+cannot be installed beside 4.57.6, so here stands our property alone (also in test_experts.py, for every back end).
 """
 
 import pytest
@@ -154,7 +154,7 @@ class TestAGateThatUnderflows:
 
 
 class TestTokensWithoutAnExpertAreReportedAsSentToExpertZero:
-    """All tokens prefer expert 2, then 3; what this does to the balancing loss is in test_losses.py."""
+    """All tokens prefer expert 2, then 3; what this does to the balancing loss is in test_loss_defects.py."""
 
     LOGITS = torch.tensor([0.0, 0.0, 2.0, 1.0]).expand(6, E)
     PADDING = torch.tensor([False] * 4 + [True] * 2)

@@ -212,7 +212,7 @@ def test_10_12_sparse_layer():
 
 
 def test_10_13_total_loss():
-    """That the published loss ignores the coefficient is shown in tests/test_losses.py."""
+    """That the published loss ignores the coefficient is shown in tests/test_loss_defects.py."""
     for starter, solution, (cross_entropy, balance, logits, aux, z) in cases("10.13"):
         without = starter(cross_entropy, balance, logits, aux, z)
         ours = without + z * router_z_loss(logits)
