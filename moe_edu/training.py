@@ -24,7 +24,6 @@ from moe_edu.capstone import Pieces, assemble
 from moe_edu.data import Batch, Corpus, PairBatches, SentencePair, Tokenizer
 from moe_edu.evaluation import evaluate, sample_examples
 from moe_edu.gradients import add_gradients, autocast_dtype, bind_parameters, cut_shards, mean_load, mean_loss
-from moe_edu.gradients import compute_loss as compute_loss
 from moe_edu.losses import MoELoss
 from moe_edu.machine import peak_memory_mb, resolve_device
 from moe_edu.metrics import ExpertMetrics, summarize_metrics

@@ -1,7 +1,7 @@
 """Languages, the shipped corpus and dictionary, your own text, the tokenizer, and batches for training."""
 
 from moe_edu.data.batches import Batch, PairBatches, eval_batches
-from moe_edu.data.corpus import Corpus, CorpusError, SentencePair, Table, load_corpus
+from moe_edu.data.corpus import Corpus, SentencePair, Table, load_corpus
 from moe_edu.data.dictionary import Dictionary, Entry, load_dictionary
 from moe_edu.data.languages import (
     Language,
@@ -10,6 +10,7 @@ from moe_edu.data.languages import (
     get_language,
     require_languages,
 )
+from moe_edu.data.shipped import CorpusError
 from moe_edu.data.text import normalize_text
 from moe_edu.data.tokenizer import UNDETERMINED, Tokenizer, TokenizerError
 from moe_edu.data.user_data import read_corpus, read_flores, read_tsv

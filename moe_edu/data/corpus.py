@@ -6,22 +6,16 @@ a language, named by its FLORES-200 code. `moe_edu.data.build` makes it.
 
 from __future__ import annotations
 
-import hashlib
-import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import NamedTuple
 
 from moe_edu.data.languages import require_languages
+from moe_edu.data.shipped import read_shipped, unpack_checked
 from moe_edu.data.splits import SPLITS
 
 CORPUS_FILE = "corpus.tsv.xz"
 CHECKSUM_FILE = "corpus.tsv.xz.sha256"  # as `sha256sum` writes it
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be used; the message names the file, the line where there is one, and the mend."""
 
 
 class SentencePair(NamedTuple):
@@ -126,27 +120,13 @@ def load_corpus(languages: Sequence[str] | None = None) -> Corpus:
         CorpusError: the file is missing, or not the one that was shipped.
         UnknownLanguageError: the corpus lacks a language.
     """
-    corpus = parse_shipped(*_read_shipped())
+    corpus = parse_shipped(*read_shipped(CORPUS_FILE, CHECKSUM_FILE))
     return corpus if languages is None else corpus.restrict(languages)
-
-
-def _read_shipped() -> tuple[bytes, str]:
-    folder = files("moe_edu.data").joinpath("files")
-    try:
-        return folder.joinpath(CORPUS_FILE).read_bytes(), folder.joinpath(CHECKSUM_FILE).read_text("ascii")
-    except OSError as error:
-        raise CorpusError(f"cannot read the shipped corpus: {error}; install moe_edu again") from error
 
 
 def parse_shipped(compressed: bytes, checksum: str) -> Corpus:
     """Check the bytes of a corpus file against its `sha256sum` line, and read them."""
-    found, expected = hashlib.sha256(compressed).hexdigest(), checksum.split(" ")[0]
-    if found != expected:
-        raise CorpusError(
-            f"{CORPUS_FILE} is damaged: its SHA-256 is {found[:12]}..., not {expected[:12]}...; "
-            "install moe_edu again, or rebuild it with: python -m moe_edu.data.build"
-        )
-    header, *lines = lzma.decompress(compressed).decode("utf-8").splitlines()
+    header, *lines = unpack_checked(compressed, checksum, CORPUS_FILE, "moe_edu.data.build")
     languages = tuple(header.split("\t")[2:])
     return make_corpus("CLDR", languages, [line.split("\t") for line in lines])
 

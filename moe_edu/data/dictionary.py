@@ -7,13 +7,11 @@ each language, the column named by its FLORES-200 code. `moe_edu.data.dictionary
 from __future__ import annotations
 
 import hashlib
-import lzma
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import NamedTuple
 
-from moe_edu.data.corpus import CorpusError
+from moe_edu.data.shipped import read_shipped, unpack_checked
 from moe_edu.data.splits import SPLITS
 
 DICTIONARY_FILE = "dictionary.tsv.xz"
@@ -72,13 +70,7 @@ def load_dictionary() -> Dictionary:
     Raises:
         CorpusError: a file is missing, or not the one that was shipped.
     """
-    folder = files("moe_edu.data").joinpath("files")
-    try:
-        compressed = folder.joinpath(DICTIONARY_FILE).read_bytes()
-        checksum = folder.joinpath(DICTIONARY_CHECKSUM_FILE).read_text("ascii")
-    except OSError as error:
-        raise CorpusError(f"cannot read the shipped dictionary: {error}; install moe_edu again") from error
-    return parse_dictionary(compressed, checksum)
+    return parse_dictionary(*read_shipped(DICTIONARY_FILE, DICTIONARY_CHECKSUM_FILE))
 
 
 def parse_dictionary(compressed: bytes, checksum: str) -> Dictionary:
@@ -87,13 +79,7 @@ def parse_dictionary(compressed: bytes, checksum: str) -> Dictionary:
     Raises:
         CorpusError: the bytes are not those that the checksum was made of.
     """
-    found, expected = hashlib.sha256(compressed).hexdigest(), checksum.split(" ")[0]
-    if found != expected:
-        raise CorpusError(
-            f"{DICTIONARY_FILE} is damaged: its SHA-256 is {found[:12]}..., not {expected[:12]}...; install moe_edu "
-            "again, or rebuild it with: python -m moe_edu.data.dictionary_build"
-        )
-    header, *lines = lzma.decompress(compressed).decode("utf-8").splitlines()
+    header, *lines = unpack_checked(compressed, checksum, DICTIONARY_FILE, "moe_edu.data.dictionary_build")
     languages = tuple(header.split("\t")[1:])
     rows = [line.split("\t") for line in lines]
     english = 1 + languages.index("eng_Latn")

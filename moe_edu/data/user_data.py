@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from moe_edu.data.corpus import Corpus, CorpusError, Table, make_corpus
+from moe_edu.data.corpus import Corpus, Table, make_corpus
 from moe_edu.data.languages import UnknownLanguageError, get_language
+from moe_edu.data.shipped import CorpusError
 from moe_edu.data.splits import SPLITS, assign_splits
 from moe_edu.data.text import normalize_text
 
