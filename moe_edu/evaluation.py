@@ -54,10 +54,18 @@ def score(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
 
 
 def sample_examples(
-    corpus: Corpus, split: str, targets: Sequence[str], count: int | None = None, seed: int = 0
+    corpus: Corpus,
+    split: str,
+    targets: Sequence[str],
+    count: int | None = None,
+    seed: int = 0,
+    sources: Sequence[str] | None = None,
 ) -> list[SentencePair]:
-    """Every sentence of `split` that can be translated into one of `targets`, or `count` of them drawn at random."""
-    examples = corpus.sentence_pairs(split, targets=targets)
+    """The pairs of `split` from one of `sources` (default: all languages) into another one of `targets`.
+
+    All of them, or `count` drawn at random.
+    """
+    examples = corpus.sentence_pairs(split, sources, targets)
     if count is None or count >= len(examples):
         return examples
     return random.Random(seed).sample(examples, count)

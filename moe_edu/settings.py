@@ -19,6 +19,7 @@ class TrainingSettings:
         seconds: train for this long instead; the schedule then follows the clock.
         seed: of weights, data order and dropout.
         languages: FLORES-200 codes to train on; None for all of the corpus.
+        sources: languages to translate from; None for all of `languages`.
         targets: languages to translate into; None for all of `languages`.
         batch_tokens: sentence pairs times the tokens of the longest sentence, at most; a batch has about twice
             as many tokens, source and target together.
@@ -45,6 +46,7 @@ class TrainingSettings:
     seconds: float | None = None
     seed: int = 0
     languages: tuple[str, ...] | None = None
+    sources: tuple[str, ...] | None = None
     targets: tuple[str, ...] | None = ("eng_Latn",)
     batch_tokens: int = 400
     shards: int | None = None

@@ -87,7 +87,6 @@ class Trainer:
     ) -> None:
         model = model if pieces is None else assemble(model, pieces)
         self.model = model
-        self.pieces = pieces
         self.settings = settings
         self.pieces = pieces
         self.device = model.shared.weight.device
@@ -190,6 +189,7 @@ def train(
     directory = prepare_directory(out, resume)
     device = resolve_device(settings.device)
     languages = settings.languages or corpus.languages
+    sources = settings.sources or languages
     targets = settings.targets or languages
     corpus = corpus.restrict(languages)
     tokenizer = Tokenizer.train(corpus.train.texts(), languages, settings.vocab_size)
@@ -197,6 +197,7 @@ def train(
     batches = PairBatches(
         corpus,
         tokenizer,
+        sources=sources,
         targets=targets,
         batch_tokens=settings.batch_tokens,
         und_rate=settings.und_rate,
@@ -207,7 +208,7 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         model = MoETranslator(config).to(device)
-    valid = sample_examples(corpus, "valid", targets, settings.eval_sentences, settings.seed)
+    valid = sample_examples(corpus, "valid", targets, settings.eval_sentences, settings.seed, sources)
     # A learner's functions cannot be sent to another process.
     with start_workers(model, settings, processes if pieces is None else 1) as workers:
         trainer = Trainer(model, settings, pieces, workers)
@@ -217,7 +218,8 @@ def train(
         )
         workers_mb = 0.0 if workers is None else workers.peak_memory_mb()
     trainer.model.eval()
-    test = evaluate(translator, sample_examples(corpus, "test", targets, test_sentences, settings.seed))
+    examples = sample_examples(corpus, "test", targets, test_sentences, settings.seed, sources)
+    test = evaluate(translator, examples)
     own_mb = peak_memory_mb()
     summary = {
         "seconds": round(progress.seconds, 1),

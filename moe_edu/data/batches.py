@@ -131,9 +131,9 @@ class EpochPlan(NamedTuple):
 class PairBatches:
     """An endless, shuffled stream of training batches.
 
-    In an epoch every sentence of every language is a source once, and its target is drawn from the `targets` that its
-    row has, itself excluded: with one target language an epoch holds every pair once. The stream depends on the
-    arguments alone, and begins at any step at little cost.
+    In an epoch every sentence of every source language is a source once, and its target is drawn from the `targets`
+    that its row has, itself excluded: with one target language an epoch holds every pair once. The stream depends on
+    the arguments alone, and begins at any step at little cost.
     """
 
     def __init__(
@@ -141,6 +141,7 @@ class PairBatches:
         corpus: Corpus,
         tokenizer: Tokenizer,
         *,
+        sources: Sequence[str] | None = None,
         targets: Sequence[str] = ("eng_Latn",),
         batch_tokens: int = 500,
         und_rate: float = 0.2,
@@ -152,7 +153,8 @@ class PairBatches:
         Args:
             corpus: its `train` table is read.
             tokenizer: needs a tag for every language of the corpus.
-            targets: languages to translate into, from all languages of the corpus.
+            sources: languages to translate from; None for all of the corpus.
+            targets: languages to translate into.
             batch_tokens: the most that pairs times tokens of the longest sentence may be, padding included; a longer
                 pair comes alone.
             und_rate: the share of sources whose language tag is replaced by `und`, so that the model learns to read
@@ -161,10 +163,11 @@ class PairBatches:
             seed: for the shuffling, the targets and the `und` tags.
 
         Raises:
-            UnknownLanguageError: a target that the corpus lacks, or a language that the tokenizer lacks.
+            UnknownLanguageError: a source or target that the corpus lacks, or a language that the tokenizer lacks.
             ValueError: no pair is left.
         """
-        require_languages(targets, corpus.languages, "this corpus")
+        sources = corpus.languages if sources is None else sources
+        require_languages([*sources, *targets], corpus.languages, "this corpus")
         require_languages(corpus.languages, tokenizer.languages, "this tokenizer")
         self.languages = corpus.languages
         self.tokenizer = tokenizer
@@ -176,10 +179,11 @@ class PairBatches:
         widths = self.table.lengths + 2
         usable = (widths > 2) & (widths <= (max_tokens or widths.max(initial=0)))
         self._usable = usable.reshape(len(corpus.train), len(corpus.languages))
-        self._sources = np.flatnonzero(self._usable & (self._targets_of_cells() > 0))
+        translated = np.isin(corpus.languages, sources)
+        self._sources = np.flatnonzero(self._usable & translated & (self._targets_of_cells() > 0))
         if len(self._sources) == 0:
             raise ValueError(
-                f"no sentence of the training split has a translation into {', '.join(targets)}"
+                f"no sentence of the training split in {', '.join(sources)} has a translation into {', '.join(targets)}"
                 + (f" within {max_tokens} tokens" if max_tokens else "")
             )
 

@@ -88,6 +88,14 @@ def test_many_to_many_takes_every_source_once_into_any_other_language(corpus, to
     assert len({row for rows in epochs for row in rows}) > 0.97 * len(possible)
 
 
+def test_only_the_sources_that_are_named_are_read(corpus, tokenizer):
+    batches = PairBatches(corpus, tokenizer, sources=["eng_Latn"], targets=LANGUAGES)
+    rows = [row for batch in one_epoch(batches) for row in read_back(batch, tokenizer)]
+    english = [row[LANGUAGES.index("eng_Latn")] for row in corpus.train.rows if sum(map(bool, row)) > 1]
+    assert Counter(row[0] for row in rows) == Counter(filter(None, english))
+    assert {row[3] for row in rows} == set(LANGUAGES) - {"eng_Latn"}
+
+
 @given(st.integers(20, 600), st.integers(0, 3))
 def test_every_batch_is_well_formed(corpus, tokenizer, batch_tokens, seed):
     batches = PairBatches(corpus, tokenizer, batch_tokens=batch_tokens, seed=seed)
@@ -164,6 +172,8 @@ def test_long_sentences_are_left_out(corpus, tokenizer):
 def test_languages_that_are_not_there(corpus, tokenizer):
     with pytest.raises(UnknownLanguageError, match=r"deu_Latn .* is not a language of this corpus"):
         PairBatches(corpus, tokenizer, targets=["deu_Latn"])
+    with pytest.raises(UnknownLanguageError, match=r"deu_Latn .* is not a language of this corpus"):
+        PairBatches(corpus, tokenizer, sources=["deu_Latn"])
     lacking = Tokenizer.train(["a"], LANGUAGES[:2], 300)
     with pytest.raises(UnknownLanguageError, match=r"jpn_Jpan .* is not a language of this tokenizer"):
         PairBatches(corpus, lacking)
