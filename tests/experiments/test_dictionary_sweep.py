@@ -6,7 +6,6 @@ import torch
 from click.testing import CliRunner
 
 from moe_edu.data import load_dictionary
-from moe_edu.experiments import dictionary_sweep
 from moe_edu.experiments.dictionary import (
     CURVE_EVERY,
     EOS,
@@ -22,7 +21,8 @@ from moe_edu.experiments.dictionary import (
     shuffled_batches,
     train_model,
 )
-from moe_edu.experiments.dictionary_sweep import MEASURES, PLAN, by_cell, load_results, summarize
+from moe_edu.experiments.dictionary_sweep import PLAN, SWEEP
+from moe_edu.experiments.sweep import by_cell, load_results, make_command, summarize
 
 QUICK = DictionarySettings(steps=50, warmup=10, batch=64, experts=4)
 
@@ -147,21 +147,19 @@ def test_new_spellings_are_those_that_no_trained_name_has():
 def test_a_sweep_resumes_and_is_collected(small, monkeypatch, tmp_path):
     seen = []
 
-    def fake(settings, show_progress):
+    def run_small(settings):
         seen.append(settings)
         return run(replace(settings, batch=32), small)
 
-    monkeypatch.setattr(dictionary_sweep, "run", fake)
+    main = make_command(replace(SWEEP, run=run_small))
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     out = tmp_path / "runs"
     command = ["run", "--out", str(out), "--steps", "2", "--cell", "experts-1", "--cell", "experts-4"]
     runner = CliRunner()
-    assert runner.invoke(dictionary_sweep.main, [*command, "--seeds", "1"]).exit_code == 0
-    assert runner.invoke(dictionary_sweep.main, [*command, "--seeds", "2"]).exit_code == 0
+    assert runner.invoke(main, [*command, "--seeds", "1"]).exit_code == 0
+    assert runner.invoke(main, [*command, "--seeds", "2"]).exit_code == 0
     assert [(s.experts, s.seed) for s in seen] == [(1, 0), (4, 0), (1, 1), (4, 1)]
-    collected = runner.invoke(
-        dictionary_sweep.main, ["collect", str(out), "--to", str(tmp_path / "all.json")]
-    )
+    collected = runner.invoke(main, ["collect", str(out), "--to", str(tmp_path / "all.json")])
     assert "experts-4" in collected.output
     results = json.loads((tmp_path / "all.json").read_text())
     assert [(r["cell"], r["settings"]["seed"]) for r in results["runs"]] == [
@@ -170,7 +168,7 @@ def test_a_sweep_resumes_and_is_collected(small, monkeypatch, tmp_path):
         ("experts-4", 0),
         ("experts-4", 1),
     ]
-    wrong = runner.invoke(dictionary_sweep.main, ["run", "--out", str(out), "--cell", "experts-3"])
+    wrong = runner.invoke(main, ["run", "--out", str(out), "--cell", "experts-3"])
     assert wrong.exit_code == 2
     assert "no cell 'experts-3'" in wrong.output
 
@@ -182,18 +180,19 @@ def test_a_summary_says_how_many():
 
 
 def test_the_shipped_results_are_of_this_plan():
-    cells = by_cell(load_results()["runs"])
+    cells = by_cell(load_results(SWEEP.name)["runs"])
     plan = {cell: job for group in PLAN.values() for cell, job in group.items()}
+    assert list(cells) == list(plan)
     for cell, results in cells.items():
-        settings, _ = plan[cell]
+        settings, seeds = plan[cell]
+        assert len(results) == seeds
         for seed, result in enumerate(results):
             assert result["settings"] == asdict(replace(settings, seed=seed)), cell
-            assert set(MEASURES) <= result.keys()
-    assert all(len(cells[cell]) == 5 for cell in PLAN["experts"])
+            assert set(SWEEP.measures) <= result.keys()
 
 
 def test_the_shipped_results_say_what_the_lesson_says():
-    cells = by_cell(load_results()["runs"])
+    cells = by_cell(load_results(SWEEP.name)["runs"])
     recall = {cell: summarize(r["recall"] for r in results) for cell, results in cells.items()}
     test = {cell: summarize(r["test"] for r in results) for cell, results in cells.items()}
     rising = [recall[f"experts-{e}"].mean for e in (2, 4, 8, 16, 32)]
