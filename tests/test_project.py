@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
+import yaml
 
 from moe_edu.exercises.registry import all_exercises
 
@@ -13,24 +13,29 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project
 CONDA_NAMES = {"torch": "pytorch-cpu"}
 
 
-def conda_requirements(path: Path) -> set[str]:
-    """The entries of a conda environment's list, but for Python and pip, without blanks."""
-    entries = re.findall(r"^  - ([\w-]+) ?([<>=].*)?$", path.read_text("utf-8"), re.M)
-    return {name + bound.strip() for name, bound in entries} - {
-        "conda-forge",
-        "nodefaults",
-        "python>=3.11,<3.14",
-        "pip",
-    }
+def conda_list(path: str) -> list[str]:
+    """The conda packages of an environment file, without blanks."""
+    environment = yaml.safe_load((ROOT / path).read_text("utf-8"))
+    return [entry.replace(" ", "") for entry in environment["dependencies"] if isinstance(entry, str)]
 
 
-@pytest.mark.parametrize("path", ["environment.yml", "binder/environment.yml"])
-def test_conda_and_binder_install_the_same_list(path):
-    wanted = set()
-    for requirement in PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["lab"]:
-        name, bound = re.fullmatch(r"([\w-]+)(.*)", requirement).groups()
-        wanted.add(CONDA_NAMES.get(name, name) + bound)
-    assert conda_requirements(ROOT / path) == wanted
+def as_conda(requirements: list[str]) -> set[str]:
+    """Requirements of pyproject.toml under conda's names."""
+    pairs = (re.fullmatch(r"([\w-]+)(.*)", requirement).groups() for requirement in requirements)
+    return {CONDA_NAMES.get(name, name) + bound for name, bound in pairs}
+
+
+def test_conda_installs_the_packages_list():
+    wanted = as_conda(PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["lab"])
+    assert set(conda_list("environment.yml")) == wanted | {"python>=3.11,<3.14", "pip"}
+
+
+def test_binder_installs_the_same_but_what_it_brings_itself():
+    entries = conda_list("binder/environment.yml")
+    assert set(entries[2:]) == as_conda(PYPROJECT["dependencies"]) | {"pip"}
+    # One exact Python, and the small BLAS: tests/test_binder.py says why.
+    assert re.fullmatch(r"python=3\.1[1-3]", entries[0])
+    assert entries[1] == "libblas=*=*openblas"
 
 
 def test_torch_is_pinned_in_the_constraints_only():
