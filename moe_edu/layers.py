@@ -215,6 +215,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, LayerCache, Tensor | None, RouterOutput | None]:
         """`hidden [B, L, D]` against `encoder_hidden [B, S, D]`; `cache` remembers both for the tokens before.
 
+        A source may serve several rows of `hidden` in turn, as the beams of a sentence share one: `[B * W, L, D]`.
+
         Returns:
             (hidden, cache that includes these tokens, self-attention weights or None, routing or None)
         """
@@ -226,8 +228,11 @@ class DecoderLayer(nn.Module):
         attended, weights = self.self_attn(normed, memory, self_bias, None, output_attentions)
         hidden = hidden + self.attn_dropout(attended)
         cross = self.cross_attention.project(encoder_hidden) if cache is None else cache.cross_attention
-        attended, _ = self.cross_attention(self.cross_attention_layer_norm(hidden), cross, cross_bias)
-        hidden = hidden + self.attn_dropout(attended)
+        queries = self.cross_attention_layer_norm(hidden)
+        if len(cross.key) != len(queries):
+            queries = queries.view(len(cross.key), -1, queries.shape[2])
+        attended, _ = self.cross_attention(queries, cross, cross_bias)
+        hidden = hidden + self.attn_dropout(attended.view_as(hidden))
         update, routing = apply_feed_forward(self.ffn, self.ff_layer_norm(hidden), padding_mask)
         hidden = clamp_overflow(hidden + self.ff_dropout(update))
         return hidden, LayerCache(memory, cross), weights, routing

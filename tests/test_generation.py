@@ -86,6 +86,32 @@ def test_a_beam_wide_enough_finds_the_best_of_all_translations(tiny_config, seed
     assert found.tolist() == [[START, *everything[best][words[best]].tolist()]]
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_beams_of_a_batch_are_those_of_each_sentence_alone(tiny_config, seed, early_stopping):
+    model = make_model(tiny_config(vocab_size=9), seed)
+    source = torch.randint(3, 9, (4, 5))
+    source[1, 3:] = source[2, 1:] = PAD
+    options = {"num_beams": 3, "max_new_tokens": 8, "early_stopping": early_stopping}
+    generated = model.generate(source, source != PAD, **options)
+    expected = [model.generate(row[row != PAD][None], **options)[0].tolist() for row in source]
+    length = max(map(len, expected))
+    assert generated.tolist() == [row + [PAD] * (length - len(row)) for row in expected]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_a_finished_sentence_leaves_unless_it_competes_for_experts(tiny_config, num_beams, fraction):
+    config = tiny_config(vocab_size=9, decoder_sparse_step=1, moe_eval_capacity_token_fraction=fraction)
+    model = make_model(config, seed=1)
+    batches = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    model.generate(torch.randint(3, 9, (6, 5)), num_beams=num_beams, max_new_tokens=12)
+    assert batches[0] == 6 * num_beams
+    assert batches == sorted(batches, reverse=True)
+    assert (batches[-1] < batches[0]) == (fraction == 1)
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_is_pure_and_repeats(tiny_config, num_beams):
     model = make_model(tiny_config())

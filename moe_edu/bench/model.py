@@ -17,6 +17,7 @@ from moe_edu.bench.timing import Timing, time_in_turn
 from moe_edu.data import Batch, PairBatches, Tokenizer, eval_batches, load_corpus
 from moe_edu.evaluation import sample_examples
 from moe_edu.model import MoETranslator
+from moe_edu.pretrained import load_pretrained
 from moe_edu.settings import TrainingSettings, small_config
 from moe_edu.training import Trainer, start_workers
 
@@ -66,14 +67,22 @@ def run_model_bench(
     torch.manual_seed(settings.seed)
     # The reference knows no capacity factor.
     model = MoETranslator(small_config(vocab_size=len(tokenizer), expert_capacity_factor=1.0))
-    reference = make_reference(model)
 
-    pairs = sample_examples(corpus, "valid", [TARGET], sentences, settings.seed)
-    (source,) = eval_batches(pairs, tokenizer, batch_tokens=10**9)
-    generation = _compare_generation(model, reference, source, beams, tokenizer.language_id(TARGET), repeats)
+    # A trained model, which ends its sentences.
+    shipped = load_pretrained()
+    pairs = sample_examples(load_corpus(), "valid", [TARGET], sentences, settings.seed)
+    (source,) = eval_batches(pairs, shipped.tokenizer, batch_tokens=10**9)
+    generation = _compare_generation(
+        shipped.model,
+        make_reference(shipped.model),
+        source,
+        beams,
+        shipped.tokenizer.language_id(TARGET),
+        repeats,
+    )
     stream = PairBatches(corpus, tokenizer, batch_tokens=settings.batch_tokens, seed=settings.seed).stream()
     data = [next(stream) for _ in range(batches)]
-    training, used = _compare_training(model, reference, data, settings, processes, repeats)
+    training, used = _compare_training(model, make_reference(model), data, settings, processes, repeats)
     return ModelResult(training, generation, used, beams)
 
 
