@@ -124,7 +124,7 @@ def progress_table() -> str:
 
 
 def _dots(keys: list[str], right: set[str]) -> str:
-    marks = " ".join(f"{'✓' if key in right else '○'} {escape(key)}" for key in keys)
+    marks = " ".join(f"{'✓' if key in right else '○'}&nbsp;{escape(key)}" for key in keys)  # never torn apart
     return f"<span>{marks}</span>"
 
 

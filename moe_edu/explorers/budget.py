@@ -89,6 +89,6 @@ EXPLORER = Explorer(
         {"experts": 256, "step": 2},
         {"width": 512, "step": 0},
     ),
-    height=348,
+    height=358,
     data={"length": _SENTENCE_LENGTH},
 )

@@ -97,14 +97,14 @@ def _farthest_apart(routing: RouterOutput, plan: DispatchPlan) -> list[int]:
 EXPLORER = Explorer(
     name="dispatch_rows",
     title="Rows travel to the experts and back",
-    purpose="Move the step from 1 to 5, change the capacity, and press a word to follow it.",
+    purpose="Move the step from 1 to 5, change the room in each expert, and press a word to follow it.",
     fields=(
         Slider("step", "Step", 1, 5, 1, 2),
-        Slider("capacity", "Capacity", 1, 6, 1, 4, unit="slots"),
+        Slider("capacity", "Room", 1, 6, 1, 4, unit="slots"),
         Choice("word", "Follow", tuple((word, word) for word in WORDS), "cat"),
     ),
     challenges=(
-        "Find the capacity at which exactly one choice finds no room.",
+        "Find the number of slots at which exactly one choice finds no room.",
         "Follow a word to step 5 that keeps only one of its two rows.",
         "Follow the word whose two rows lie farthest apart after sorting.",
     ),

@@ -120,6 +120,17 @@ class TestInAPage:
         opened.mouse.up()
         assert value() > lowest
 
+    def test_the_handle_that_is_moved_stays_the_same_one(self, opened, name):
+        if not any(isinstance(field, Grid) for field in explorers.get(name).fields):
+            pytest.skip("nothing is moved on this stage")
+        for label in [handle.get_attribute("aria-label") for handle in opened.locator("[role=slider]").all()]:
+            handle = opened.locator(f"[role=slider][aria-label='{label}']")
+            handle.focus()
+            for key, end in (("Home", "aria-valuemin"), ("End", "aria-valuemax")):
+                opened.keyboard.press(key)
+                assert opened.evaluate("document.activeElement.getAttribute('aria-label')") == label
+                assert handle.get_attribute("aria-valuenow") == handle.get_attribute(end)
+
     def test_reset_brings_back_the_first_state(self, opened, name):
         before = opened.locator(".moe-x").inner_html()
         for changes in explorers.get(name).solutions:

@@ -275,7 +275,7 @@ class TestProgress:
         entry = progress.load_progress()["02.1"]
         assert entry["right"]
         assert entry["tries"] == 2
-        assert "✓ 02.1" in exercises.progress_table()
+        assert "✓&nbsp;02.1" in exercises.progress_table()
         exercises.check("02.1", lambda logits: logits)
         assert progress.load_progress()["02.1"]["right"]
         capsys.readouterr()

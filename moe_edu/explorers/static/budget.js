@@ -59,7 +59,7 @@ function draw(view, state, act, spec) {
   ];
   const total = sum(view.stored);
   const right = (y, text) => label(720, y, text, { soft: true, size: 13, anchor: "end" });
-  return [
+  return [h("g", { transform: "translate(0,10)" }, // a little air below the controls
     row(0, "encoder"),
     row(42, "decoder"),
     label(left, 94, view.sparse_layers ? `four stripes: a layer with ${state.experts} experts; one block: a dense layer` : "one block: a dense layer",
@@ -72,12 +72,11 @@ function draw(view, state, act, spec) {
     bar(204, view.active, total, {}),
     label(0, 264, `work: ${amount(sum(view.work))} operations`, { weight: 600 }),
     right(264, "for one token read and one written, on a scale of its own"),
-    bar(272, view.work, sum(view.work), { embedding: "logits" }),
+    bar(272, view.work, sum(view.work), { embedding: "output scores" }),
     PARTS.map(([, name, strength], i) => {
       const x = [0, 92, 246, 344, 452][i];
       return h("g", {}, cell(x, 326, 16, 16, strength), label(x + 22, 339, name, { size: 12, soft: true }));
-    }),
-  ];
+    }))];
 }
 
 export const explorer = { compute, draw };

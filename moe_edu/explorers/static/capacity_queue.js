@@ -46,12 +46,13 @@ function sayDropped(dropped) {
 }
 
 const INK = "var(--moe-ink)";
+const FAINT = 0.5; // of hatching behind a word, so that it stays easy to read
 const COLUMNS = 13; // places of a queue that fit; the last one counts the rest
 
 function drawWord(x, y, word, experts, kept, spec) {
   const dropped = !kept[0] && !kept[1];
   return h("g", { transform: `translate(${x},${y})` },
-    h("rect", { width: 53, height: 46, rx: 6, class: dropped ? "chip dropped" : "chip" }),
+    h("rect", { width: 53, height: 46, rx: 6, class: dropped ? "chip dropped" : "chip", "fill-opacity": dropped ? FAINT : null }),
     label(26.5, 18, word, { size: 12.5, anchor: "middle", weight: dropped ? 600 : 400 }),
     dropped ? label(26.5, 37, "dropped", { size: 11, anchor: "middle" }) : experts.map((e, k) => h("g", {},
       h("rect", {
@@ -66,7 +67,7 @@ function drawWord(x, y, word, experts, kept, spec) {
 function drawPlace(x, y, word, seated, second, style) {
   if (!seated) {
     return h("g", {},
-      h("rect", { x, y, width: 47, height: 26, rx: 3, class: "chip dropped", "stroke-dasharray": second ? "4 3" : "none" }),
+      h("rect", { x, y, width: 47, height: 26, rx: 3, class: "chip dropped", "fill-opacity": FAINT, "stroke-dasharray": second ? "4 3" : "none" }),
       label(x + 23.5, y + 17.5, word, { size: 12, anchor: "middle", fill: INK }));
   }
   return h("g", {},

@@ -25,12 +25,12 @@ const way = (d, gate, style, second) => [
 function draw(view, state, act, spec) {
   const [scores] = state.scores;
   const moved = (e, value) => [scores.map((old, i) => (i === e ? value : old))];
+  const top = (e) => 28 + 92 * e;
+  const ways = (e) => [`M 190 91 C 235 91 225 ${top(e) + 20} 270 ${top(e) + 20}`, `M 370 ${top(e) + 20} L 470 ${top(e) + 20}`]
+    .map((d) => way(d, view.gates[e], spec.experts[e], view.chosen[1] === e));
   const expert = (e) => {
-    const y = 28 + 92 * e;
-    const second = view.chosen[1] === e;
+    const y = top(e);
     return [
-      way(`M 190 91 C 235 91 225 ${y + 20} 270 ${y + 20}`, view.gates[e], spec.experts[e], second),
-      way(`M 370 ${y + 20} L 470 ${y + 20}`, view.gates[e], spec.experts[e], second),
       handle({
         x: 270, y, width: 100, height: 40, name: `score of expert ${e}`, value: scores[e], low: -4, high: 4, step: 0.1,
         text: `${fixed(scores[e], 1)}, gate ${fixed(view.gates[e])}`,
@@ -40,14 +40,15 @@ function draw(view, state, act, spec) {
       label(320, y + 27, fixed(scores[e], 1), { anchor: "middle", mono: true, size: 20 })),
       expertTag(470, y, 90, spec.experts[e], 40),
       label(574, y + 18, `gate ${fixed(view.gates[e])}`, { weight: 600 }),
-      label(574, y + 36, second ? "second choice, dashed" : "first choice, solid", { soft: true, size: 12 }),
+      label(574, y + 36, view.chosen[1] === e ? "second choice, dashed" : "first choice, solid", { soft: true, size: 12 }),
     ];
   };
   const share = 720 * view.gates[0];
   return [
     label(320, 16, "scores: drag me", { anchor: "middle", soft: true, size: 12 }),
     chip(0, 76, 190, view.word),
-    [view.chosen[1], view.chosen[0]].map(expert),
+    [view.chosen[1], view.chosen[0]].map(ways), // the first choice on top
+    [0, 1].map(expert), // always in this order: a handle keeps pointer and focus when the choices change places
     [0, 1].map((e) => h("rect", {
       x: e ? share : 0, y: 192, width: 720 * view.gates[e], height: 20, fill: spec.experts[e].color, class: "tag",
       "stroke-dasharray": view.chosen[1] === e ? "6 4" : null,
