@@ -108,8 +108,8 @@ def _attend_to_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 _ATTEND = Exercise(
     key="01.2",
     title="One head of attention",
-    task="Write `attend`: each query mixes the values, weighted by the softmax of its scores with the keys, divided by "
-    "the root of D.",
+    task="Write `attend`: score each query against each key, by their dot product over the root of D. A softmax over "
+    "the keys makes weights of a query's scores, and with these the query mixes the values.",
     difficulty="medium",
     importance="important",
     minutes=8,
@@ -166,7 +166,8 @@ _SIZE = Exercise(
     key="01.3",
     title="Stored and used",
     task="Write `sparse_layer_size`: the parameters that a sparse layer stores, and those that one token uses. The "
-    "router is one matrix without a bias; experts are two layers with biases, and a token visits two.",
+    "router is one matrix without a bias; an expert is two linear layers with biases, D to F and F to D; a token visits "
+    "two experts.",
     difficulty="easy",
     importance="essential",
     minutes=6,
