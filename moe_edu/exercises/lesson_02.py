@@ -161,8 +161,8 @@ def _gates_of_the_dropped_too(probs: Tensor, expert_index: Tensor, kept: Tensor)
 _GATES = Exercise(
     key="02.3",
     title="Normalise before dropping",
-    task="Write the gates that are normalised *before* dropping: the two chosen probabilities share out 1, and a "
-    "choice that was not kept loses its share.",
+    task="Write `gates_before_dropping`: gates that are normalised *before* dropping. A token's two chosen "
+    "probabilities, each over their sum; then a choice that was not kept gets 0.",
     difficulty="easy",
     importance="important",
     minutes=6,
@@ -291,8 +291,8 @@ def _give_up_the_likely(probs: Tensor, expert_index: Tensor, u: Tensor) -> Tenso
 _GIVE_UP = Exercise(
     key="02.5",
     title="GShard's thrift",
-    task="Policy `random`: keep a token's second choice only if $2 p_2 > u$, with its raw probability $p_2$. "
-    "Write -1 for a choice that is given up.",
+    task="Write `give_up_unlikely`, the policy `random`: keep a token's second choice only if $2 p_2 > u$, with its "
+    "raw probability $p_2$. Put -1 where it is given up.",
     difficulty="medium",
     importance="important",
     minutes=8,
@@ -345,8 +345,8 @@ def _gradient_of_second_gate(logits: Tensor) -> Tensor:
 _GATE_GRADIENT = Exercise(
     key="02.6",
     title="What the router can learn",
-    task="Write the derivative of each token's first gate, $g_1 = p_1 / (p_1 + p_2)$, by its logits, as a formula: "
-    "no autograd. Section 5 shows one row of it.",
+    task="Write `gate_gradient`: the derivative of each token's first gate, $g_1 = p_1 / (p_1 + p_2)$, by its logits, "
+    "as a formula, without autograd. The last line of section 5's output is one row of it.",
     difficulty="medium",
     importance="helpful",
     minutes=10,
