@@ -78,8 +78,9 @@ class TestShow:
         assert bundle["text/plain"] == "From a with 50.0 down to a with 50.0."
         assert bundle["application/vnd.plotly.v1+json"]["data"][0]["x"] == [50.0]
 
-    def test_colab_gets_html(self, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "google.colab", object())
+    @pytest.mark.parametrize("variable", ["COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"])
+    def test_colab_and_kaggle_get_html(self, monkeypatch, variable):
+        monkeypatch.setenv(variable, "x")
         assert set(as_bundle(score_figure({"a": 50.0}))) == {"text/html", "text/plain"}
 
     @pytest.mark.parametrize(

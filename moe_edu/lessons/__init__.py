@@ -1,7 +1,11 @@
 """What the notebooks need beyond the package: their start, their parameters, live pictures, the box to translate in."""
 
-from moe_edu.lessons.live import LiveTraining, choose_phrases
-from moe_edu.lessons.notebook import begin, check_parameters, claim, show
-from moe_edu.lessons.translate_box import translate_box
+from moe_edu.requirements import require_all
+
+require_all()  # before imports that would fail one by one
+
+from moe_edu.lessons.live import LiveTraining, choose_phrases  # noqa: E402
+from moe_edu.lessons.notebook import begin, check_parameters, claim, show  # noqa: E402
+from moe_edu.lessons.translate_box import translate_box  # noqa: E402
 
 __all__ = ["LiveTraining", "begin", "check_parameters", "choose_phrases", "claim", "show", "translate_box"]

@@ -18,8 +18,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
 
 from moe_edu.exercises.cells import with_exercises
-
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+from moe_edu.lessons.notebook import WIDGET_VIEW
 
 
 class Cost(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, TypeAlias
@@ -13,8 +12,11 @@ import torch
 from IPython.display import display
 from ipywidgets import Widget
 
+from moe_edu.lessons.service import COLAB, advise, find_service
+from moe_edu.requirements import find_lacks, requirements_of
 from moe_edu.theme import STYLE_SHEET
 
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PARAMETERS_MARK = "# Parameters"  # how papermill begins the cell that it injects
 
 
@@ -23,13 +25,19 @@ class UnknownParameterError(ValueError):
 
 
 def begin() -> None:
-    """Prepare the notebook: our style sheet, and one CPU thread so that results repeat."""
+    """Prepare the notebook: our style sheet, and one CPU thread so that results repeat.
+
+    Prints what is too old, and on Colab and Kaggle where to get a GPU if there is none.
+    """
     torch.set_num_threads(1)
-    if "google.colab" in sys.modules:
+    service = find_service()
+    if service is COLAB:
         from google.colab import output  # type: ignore[import-not-found]
 
         output.enable_custom_widget_manager()
     show(f"<style>{STYLE_SHEET}</style>")
+    for line in advise(service, find_lacks(requirements_of()), torch.cuda.is_available()):
+        print(line)
 
 
 def check_parameters(inputs: Sequence[str]) -> None:
@@ -86,11 +94,11 @@ def as_bundle(picture: Picture) -> dict[str, Any]:
     if isinstance(picture, str):
         return {"text/html": picture, "text/plain": "(a picture in HTML)"}
     if isinstance(picture, Widget):
-        bundle = picture._repr_mimebundle_()
-        data = bundle[0] if isinstance(bundle, tuple) else bundle  # anywidget returns its metadata, too
-        return {**data, "text/plain": "Run this cell to use what it shows."}
+        # By hand: ipywidgets 7, which Colab has, makes no bundle of a widget.
+        view = {"version_major": 2, "version_minor": 0, "model_id": picture.model_id}
+        return {WIDGET_VIEW: view, "text/plain": "Run this cell to use what it shows."}
     description = picture.layout.meta["description"]
-    if "google.colab" in sys.modules:  # Colab does not draw Plotly's own format
+    if find_service() is not None:  # neither Colab nor Kaggle draws Plotly's own format
         return {
             "text/html": picture.to_html(include_plotlyjs="cdn", full_html=False),
             "text/plain": description,
