@@ -11,56 +11,67 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 # ---- 06.1
 
 
-def sparse_layers(num_layers: int, sparse_step: int) -> list[int]:
-    """The 0-based numbers of the layers that have experts."""
-    if sparse_step <= 0:
-        return []
-    return [i for i in range(num_layers) if (i + 1) % sparse_step == 0]
+def attention_shares(scores: Tensor, words: Tensor) -> Tensor:
+    """scores [S, S], words [S] bool (False: padded) to shares [S, S]; row t is what token t looks at."""
+    return scores.masked_fill(~words, -torch.inf).softmax(dim=1)
 
 
-def _draw_layers(generator: torch.Generator) -> tuple[int, int]:
-    num_layers = int(torch.randint(0, 25, (), generator=generator))
-    return num_layers, int(torch.randint(-1, 7, (), generator=generator))
+def _draw_scores(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    S = int(torch.randint(4, 8, (), generator=generator))
+    real = int(torch.randint(2, S, (), generator=generator))
+    left = torch.rand((), generator=generator) < 0.5
+    words = torch.arange(S) >= S - real if left else torch.arange(S) < real
+    return 2 * torch.randn(S, S, generator=generator) - 1, words
 
 
-def _counted_from_zero(num_layers: int, sparse_step: int) -> list[int]:
-    return [i for i in range(num_layers) if sparse_step > 0 and i % sparse_step == 0]
+def _masked_afterwards(scores: Tensor, words: Tensor) -> Tensor:
+    return scores.softmax(dim=1) * words
 
 
-def _zero_means_every(num_layers: int, sparse_step: int) -> list[int]:
-    return [i for i in range(num_layers) if (i + 1) % max(sparse_step, 1) == 0]
+def _score_of_zero(scores: Tensor, words: Tensor) -> Tensor:
+    return scores.masked_fill(~words, 0.0).softmax(dim=1)
 
 
-def _numbered_from_one(num_layers: int, sparse_step: int) -> list[int]:
-    return [i + 1 for i in sparse_layers(num_layers, sparse_step)]
+def _pads_that_look(scores: Tensor, words: Tensor) -> Tensor:
+    return scores.softmax(dim=1) * words[:, None]
 
 
-_SPARSE_LAYERS = Exercise(
+def _along_columns(scores: Tensor, words: Tensor) -> Tensor:
+    return scores.masked_fill(~words[:, None], -torch.inf).softmax(dim=0)
+
+
+_LOOK_AWAY = Exercise(
     key="06.1",
-    title="Which layers are sparse",
+    title="Look away from padding",
     task=(
-        "Write `sparse_layers`: every `sparse_step`-th layer has experts, none when the step is 0 or less. "
-        "Of 12 layers with step 4 these are 3, 7 and 11, counted from 0."
+        "Write `attention_shares`: in each row the softmax of the scores over the *words* alone. Padding gets a share "
+        "of 0, and each row still sums to 1. Do it for all rows, those of padding too."
     ),
     difficulty="easy",
-    importance="important",
-    minutes=5,
-    solution=sparse_layers,
-    draw=_draw_layers,
+    importance="essential",
+    minutes=6,
+    solution=attention_shares,
+    draw=_draw_scores,
     mistakes=(
         Mistake(
-            _counted_from_zero,
-            "Your first sparse layer is layer 0. Every 4th layer means the 4th, the 8th and so on, and the 4th is 3.",
+            _masked_afterwards,
+            "Padding gets nothing, but its share is lost: the rows no longer sum to 1. Mask before the softmax.",
         ),
         Mistake(
-            _zero_means_every,
-            "A step of 0 or less makes every layer dense; yours makes every layer sparse.",
+            _score_of_zero,
+            "A score of 0 is not small: exp(0) is 1. Which score makes the exponential vanish?",
         ),
-        Mistake(_numbered_from_one, "Right layers, but they are counted from 0: the first is 0."),
+        Mistake(
+            _pads_that_look,
+            "You silenced the rows of padding. It is the columns that matter: nobody may look *at* padding.",
+        ),
+        Mistake(
+            _along_columns, "Your columns sum to 1. A row holds what one token looks at: softmax along it."
+        ),
     ),
     hints=(
-        "The 4th layer has the number 3: what is `(3 + 1) % 4`?",
-        "Deal with `sparse_step <= 0` first, then keep each `i` whose `i + 1` is a multiple of the step.",
+        "The mask has one value a column, and broadcasts over the rows.",
+        "`scores.masked_fill(~words, -torch.inf)`, then the softmax along dimension 1.",
     ),
 )
 
@@ -68,7 +79,7 @@ _SPARSE_LAYERS = Exercise(
 
 
 def position_index(words: Tensor, padding_idx: int) -> Tensor:
-    """words [B, S] bool, True where real, to [B, S] int64: the row of the position table for each place."""
+    """words [B, S] bool, False where padded, to [B, S] int64: each place's row of the position table."""
     return words.long().cumsum(dim=1) * words + padding_idx
 
 
@@ -96,6 +107,10 @@ def _from_zero(words: Tensor, padding_idx: int) -> Tensor:
     return words.long().cumsum(dim=1) * words
 
 
+def _zero_for_pads(words: Tensor, padding_idx: int) -> Tensor:
+    return (words.long().cumsum(dim=1) + padding_idx) * words
+
+
 _POSITIONS = Exercise(
     key="06.2",
     title="Positions count words",
@@ -117,6 +132,9 @@ _POSITIONS = Exercise(
             _pads_keep_counting,
             "Words are right. Padding behind a word still gets that word's position: it should get padding_idx.",
         ),
+        Mistake(
+            _zero_for_pads, "Words are right. Padding gets padding_idx, not 0: shift after you have masked."
+        ),
         Mistake(_from_zero, "The count is right, but rows up to padding_idx are taken: start behind them."),
     ),
     hints=(
@@ -129,7 +147,7 @@ _POSITIONS = Exercise(
 
 
 def pre_norm_layer(x: Tensor, attention: Tensor, w: Tensor) -> Tensor:
-    """x [S, D], attention [S, S] whose rows sum to 1, w [D, D], to [S, D]: one encoder layer, much simplified."""
+    """x [S, D], attention [S, S] (rows sum to 1), w [D, D] to [S, D]: one simplified encoder layer."""
     x = x + attention @ F.layer_norm(x, x.shape[-1:])
     return x + F.relu(F.layer_norm(x, x.shape[-1:]) @ w)
 
@@ -161,12 +179,18 @@ def _no_residual(x: Tensor, attention: Tensor, w: Tensor) -> Tensor:
     return F.relu(F.layer_norm(x, x.shape[-1:]) @ w)
 
 
+def _normed_branches(x: Tensor, attention: Tensor, w: Tensor) -> Tensor:
+    x = x + F.layer_norm(attention @ x, x.shape[-1:])
+    return x + F.layer_norm(F.relu(x @ w), x.shape[-1:])
+
+
 _PRE_NORM = Exercise(
     key="06.3",
     title="A pre-norm layer",
     task=(
-        "Write `pre_norm_layer`: `x + attention(norm(x))`, then `x + ffn(norm(x))`. Here `attention` holds the "
-        "weights, `ffn` is `relu(... @ w)`, and `norm` is `F.layer_norm(x, x.shape[-1:])`."
+        "Write `pre_norm_layer`: `x + attention(norm(x))`, then `x + ffn(norm(x))`. Here `attention` is a matrix of "
+        "shares, to be multiplied from the left; `ffn(y)` is `relu(y @ w)`, `norm(x)` is "
+        "`F.layer_norm(x, x.shape[-1:])`."
     ),
     difficulty="easy",
     importance="essential",
@@ -178,6 +202,7 @@ _PRE_NORM = Exercise(
             _post_norm,
             "That is post-norm, as in the first Transformer: you normalise sums. Here a branch normalises its input.",
         ),
+        Mistake(_normed_branches, "You normalise what each branch gives. Normalise what it reads."),
         Mistake(
             _normed_residual,
             "You add to the normalised x. The residual path is never normalised: it carries x as it is.",
@@ -195,7 +220,7 @@ _PRE_NORM = Exercise(
 
 
 def clamp_overflow(hidden: Tensor) -> Tensor:
-    """hidden of any shape and floating dtype; fp16 is brought back to the largest number less 1000, both ways."""
+    """hidden, any shape and floating dtype, to the same; fp16 is clamped to its maximum less 1000."""
     if hidden.dtype != torch.float16:
         return hidden
     limit = torch.finfo(torch.float16).max - 1000
@@ -205,7 +230,7 @@ def clamp_overflow(hidden: Tensor) -> Tensor:
 def _draw_hidden(generator: torch.Generator) -> tuple[Tensor]:
     size = int(torch.randint(4, 9, (), generator=generator))
     hidden = 90_000 * torch.randn(size, generator=generator)
-    hidden[0], hidden[1] = 100_000.0, -100_000.0
+    hidden[0], hidden[1], hidden[2] = 100_000.0, -100_000.0, 65_000.0
     half = bool(torch.rand((), generator=generator) < 0.6)
     return (hidden.half() if half else hidden,)
 
@@ -223,6 +248,15 @@ def _every_dtype(hidden: Tensor) -> Tensor:
 
 def _to_the_largest(hidden: Tensor) -> Tensor:
     return torch.nan_to_num(hidden) if hidden.dtype == torch.float16 else hidden
+
+
+def _only_infinities(hidden: Tensor) -> Tensor:
+    limit = torch.finfo(torch.float16).max - 1000
+    return torch.where(hidden.isinf(), hidden.sign() * limit, hidden)
+
+
+def _clamped_for_nothing(hidden: Tensor) -> Tensor:
+    return hidden.clone()
 
 
 _CLAMP = Exercise(
@@ -243,6 +277,11 @@ _CLAMP = Exercise(
         Mistake(
             _to_the_largest,
             "You bring infinity to the very largest number: the next addition overflows again. Leave room.",
+        ),
+        Mistake(_only_infinities, "65,000 is finite, and beyond the limit all the same. Clamp every number."),
+        Mistake(
+            _clamped_for_nothing,
+            "Everything comes back as it came. `hidden.clamp(...)` changes nothing: it returns a new tensor.",
         ),
     ),
     hints=("`Tensor.clamp` takes two limits.", "Return early unless `hidden.dtype == torch.float16`."),
@@ -332,9 +371,10 @@ _LAYER_DROP = Exercise(
     solution=22.8,
     mistakes=(
         Mistake(1.2, "That is how many are skipped."),
+        Mistake(23, "Do not round: an average over many steps need not be a whole number."),
         Mistake(24, "Each layer is skipped in one training step of twenty. All 24 run in evaluation alone."),
     ),
     hints=("Each layer runs with a probability of 0.95.", "The mean of a sum is the sum of the means."),
 )
 
-EXERCISES = (_SPARSE_LAYERS, _POSITIONS, _PRE_NORM, _CLAMP, _STACK, _LAYER_DROP)
+EXERCISES = (_LOOK_AWAY, _POSITIONS, _PRE_NORM, _CLAMP, _STACK, _LAYER_DROP)

@@ -6,19 +6,23 @@ from torch.nn import functional as F
 
 from moe_edu import MoEEncoder
 from moe_edu.exercises import lesson_06
-from moe_edu.layers import EncoderLayer
+from moe_edu.layers import Attention, EncoderLayer
 from moe_edu.layers import clamp_overflow as package_clamp
 from moe_edu.model import PositionTable
 
 GENERATOR = torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("num_layers", [0, 1, 6, 12])
-@pytest.mark.parametrize("step", [-1, 0, 1, 2, 4, 5])
-def test_sparse_layers(tiny_config, num_layers, step):
-    encoder = MoEEncoder(tiny_config(encoder_layers=num_layers, encoder_sparse_step=step))
-    sparse = [i for i, layer in enumerate(encoder.layers) if hasattr(layer.ffn, "experts")]
-    assert lesson_06.sparse_layers(num_layers, step) == sparse
+def test_attention_shares(tiny_config):
+    """The layer's own attention gives padding nothing, and the words the same shares."""
+    torch.manual_seed(0)
+    attention = Attention(tiny_config(d_model=4), num_heads=1)
+    hidden, words = torch.randn(1, 5, 4), torch.tensor([True, True, True, False, False])
+    bias = torch.zeros(5).masked_fill(~words, -torch.inf)
+    memory = attention.project(hidden)
+    _, shares = attention(hidden, memory, bias, output_weights=True)
+    scores = attention.q_proj(hidden)[0] @ memory.key[0, 0].T / 2
+    assert torch.allclose(lesson_06.attention_shares(scores, words), shares[0, 0], atol=1e-6)
 
 
 def test_position_index():

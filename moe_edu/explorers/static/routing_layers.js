@@ -80,7 +80,7 @@ function draw(view, state, act, spec) {
           label(panel + 56, y + (lines.length > 1 ? 9 : 17) + 15 * i, i === 1 && lines.length > 2 ? `${line} …` : line, { size: 12 })),
       ];
     }),
-    label(2, 412, "a bar: gate of the first choice, and of the second (dashed)", { size: 12, soft: true }),
+    label(2, 412, "a bar: gates of the first choice and of the second (dashed); =: the same token again", { size: 12, soft: true }),
     label(panel, 412, "each layer has experts of its own", { size: 12, soft: true }),
   ];
 }
