@@ -37,8 +37,8 @@ def _capacity_rounded_once(num_tokens: int, num_experts: int, factor: float) -> 
 _CAPACITY = Exercise(
     key="03.1",
     title="How many slots?",
-    task="Write the capacity for training: each token makes two choices, and an even share, rounded up, of all tokens "
-    "goes to each expert. Multiply by the capacity factor, and round up.",
+    task="Write `training_capacity`, the slots of an expert in training: an even share of the tokens, rounded up, "
+    "times the two choices and the capacity factor; then round up once more.",
     difficulty="easy",
     importance="essential",
     minutes=4,
@@ -91,7 +91,8 @@ def _capacity_as_last_position(expert_index: Tensor, num_experts: int) -> int:
 _SMALLEST = Exercise(
     key="03.2",
     title="Room for everybody",
-    task="Write `smallest_capacity`: the fewest slots an expert needs so that this batch drops no choice at all.",
+    task="Write `smallest_capacity`: how many slots each expert needs at least, the same number for all, so that this "
+    "batch drops no choice at all.",
     difficulty="easy",
     importance="important",
     minutes=4,
@@ -306,8 +307,8 @@ def _places_of_the_unsure_first(probs: Tensor) -> Tensor:
 _PRIORITY = Exercise(
     key="03.5",
     title="The surest first",
-    task="With batch priority, tokens queue by descending top probability. Write each token's place in its first "
-    "expert's queue, in the *order of the batch*.",
+    task="With batch priority, tokens queue by descending top probability. Write `first_places_by_priority`: each "
+    "token's place among the first choices of its expert, returned in the *order of the batch*.",
     difficulty="hard",
     importance="important",
     minutes=12,
@@ -337,7 +338,7 @@ _SAME_TWO = Exercise(
     key="03.6",
     title="Everybody wants the same two",
     task="A batch has 64 tokens and 4 experts, at a capacity factor of 1. All tokens choose expert 0 first and expert "
-    "1 second. What share of the tokens finds no expert at all?",
+    "1 second. What share of the tokens, from 0 to 1, finds no expert at all?",
     difficulty="medium",
     importance="important",
     minutes=4,
