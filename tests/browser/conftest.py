@@ -1,10 +1,41 @@
-"""A browser for the tests that need one; without one they are skipped, except on CI, where it has to be there."""
+"""A browser, and Jupyter servers with the notebooks, for the tests that need them.
 
+Without a browser they are skipped, except on CI, where it has to be there.
+"""
+
+import json
 import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
+import nbformat
 import pytest
 
 from moe_edu.browser import find_browser, open_browser
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PATIENCE_MS = 120_000  # for a machine that others use, too
+TRAINING = ("07_", "09_")  # these train for minutes, and shortly with the parameters below
+SHORT = "\nfast = True\nsteps = 12"
+LAB_SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    # Every cell is drawn, in view or not, so that slices of the whole page can be taken.
+    "notebook-extension/tracker": {"windowingMode": "none", "scrollPastEnd": False},
+}
+# Notebook 7 at times reads a setting before it is there (jupyter/notebook issue 7862), also without any cell of ours.
+NOT_OURS = ("Cannot read properties of undefined (reading 'schema')",)
+EXPLORER = ".jp-OutputArea-output .moe-x"
+PANEL = "window.jupyterapp?.shell.currentWidget"
 
 
 def pytest_collection_modifyitems(items):
@@ -23,3 +54,200 @@ def pytest_collection_modifyitems(items):
 def browser():
     with open_browser() as browser:
         yield browser
+
+
+@pytest.fixture(scope="session")
+def jupyterlab(browser, tmp_path_factory):
+    """A JupyterLab of its own; as all its pages share a workspace folder, each notebook has a workspace."""
+    home = tmp_path_factory.mktemp("lab")
+    with serve("jupyterlab", LAB_SETTINGS, home) as server, pages_of(browser) as context:
+        yield Jupyter(server, "lab/workspaces/{stem}/tree/{name}", context)
+
+
+@pytest.fixture(scope="session")
+def notebook_7(browser, tmp_path_factory):
+    """A Notebook 7 of its own, with its default settings."""
+    home = tmp_path_factory.mktemp("notebook")
+    with serve("notebook", {}, home) as server, pages_of(browser) as context:
+        yield Jupyter(server, "notebooks/{name}", context)
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a Jupyter server answers, and the token that opens it."""
+
+    address: str
+    token: str
+
+    def end_kernels(self):
+        for session in self._ask("GET", ""):
+            self._ask("DELETE", session["id"])
+
+    def _ask(self, method, session):
+        request = Request(f"{self.address}/api/sessions/{session}", method=method)
+        request.add_header("Authorization", f"token {self.token}")
+        with urlopen(request) as response:
+            return json.loads(response.read() or "null")
+
+
+@dataclass(frozen=True)
+class Jupyter:
+    """A server and the pages that it shows; they share one browser context and with it the cache."""
+
+    server: Server
+    route: str
+    context: Any
+
+    @contextmanager
+    def run(self, name):
+        """The notebook `name`, run to its end or its first error; afterwards page and kernel are ended."""
+        page = self.context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        notebook = RunNotebook(page)
+        allowed = (self.server.address, self.server.address.replace("http", "ws", 1), "data:", "blob:")
+        notebook.listen(allowed)
+        path = self.route.format(name=name, stem=Path(name).stem)
+        try:
+            page.goto(f"{self.server.address}/{path}?token={self.server.token}")
+            page.wait_for_function(f"{PANEL}?.sessionContext?.session?.kernel?.status === 'idle'")
+            page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+            yield notebook
+        finally:
+            page.close()
+            self.server.end_kernels()
+
+
+@dataclass
+class RunNotebook:
+    """A notebook in a page.
+
+    Attributes:
+        complaints: errors of the page and of its console.
+        elsewhere: addresses outside this machine that the page asked for.
+    """
+
+    page: Any
+    complaints: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+
+    def listen(self, allowed):
+        """Note complaints, and requests whose address begins with none of `allowed`."""
+
+        def complain(text):
+            if text not in NOT_OURS:
+                self.complaints.append(text)
+
+        def look_at(request):
+            if not request.url.startswith(allowed):
+                self.elsewhere.append(request.url)
+
+        self.page.on("console", lambda message: message.type == "error" and complain(message.text))
+        self.page.on("pageerror", lambda error: complain(str(error)))
+        self.page.on("request", look_at)
+        self.page.on("websocket", look_at)
+
+    def cells(self):
+        """The notebook's cells as they would be saved now."""
+        return self.page.evaluate(f"[...{PANEL}.model.cells].map(cell => cell.toJSON())")
+
+    def ran_to_its_end(self):
+        """Whether every code cell ran, and none to an error."""
+        cells = [cell for cell in self.cells() if cell["cell_type"] == "code" and cell["source"]]
+        outputs = [output for cell in cells for output in cell["outputs"]]
+        return all(cell["execution_count"] for cell in cells) and not [
+            output for output in outputs if output["output_type"] == "error"
+        ]
+
+    def num_explorers(self):
+        """How many its cells show."""
+        source = "\n".join("".join(cell["source"]) for cell in self.cells() if cell["cell_type"] == "code")
+        return len(re.findall(r"explorers\.(?:show|get)\(", source))
+
+    def explorers(self):
+        """Those in the page, alive or not."""
+        return self.page.locator(EXPLORER).all()
+
+    def answers_to_a_key(self, explorer):
+        """Whether the picture changes with an arrow key that the notebook has a shortcut for, and nothing else does."""
+        control = explorer.locator("input[type=range], select, [role=slider]").first
+        picture = explorer.locator("svg")
+        control.focus()
+        before, active = picture.inner_html(), self._active_cell()
+        self.page.keyboard.press("ArrowDown")
+        if picture.inner_html() == before:  # it stood at its lower end, or at its last option
+            self.page.keyboard.press("ArrowUp")
+        return picture.inner_html() != before and self._active_cell() == active
+
+    def _active_cell(self):
+        return self.page.evaluate(f"{PANEL}.content.activeCellIndex")
+
+
+@contextmanager
+def pages_of(browser):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    try:
+        yield context
+    finally:
+        context.close()
+
+
+@contextmanager
+def serve(module, settings, home):
+    """Start `python -m module` on copies of the notebooks; files, settings and kernels are not the user's own."""
+    folder = home / "notebooks"
+    copy_notebooks(folder)
+    for name, values in settings.items():
+        file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(values), encoding="utf-8")
+    places = {
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+        "MOE_EDU_PROGRESS": "progress.json",
+    }
+    environment = {**os.environ, **{name: str(home / place) for name, place in places.items()}}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    # The page's own commands run the cells and change the theme.
+    command = [sys.executable, "-m", module, "--no-browser", "--allow-root", "--expose-app-in-browser"]
+    command += [f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
+    command += [f"--IdentityProvider.token={token}"]
+    log = home / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{address}/api", process, log)
+        yield Server(address, token)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def copy_notebooks(folder):
+    """Without their outputs, so that what a page shows was computed there."""
+    shutil.copytree(NOTEBOOKS / "images", folder / "images")
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+            if path.name.startswith(TRAINING) and "parameters" in cell.metadata.get("tags", []):
+                cell.source += SHORT
+        nbformat.write(notebook, folder / path.name)
+
+
+def wait_for(address, process, log):
+    while process.poll() is None:
+        try:
+            urlopen(address).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"the server ended:\n{log.read_text('utf-8')}")
