@@ -105,8 +105,8 @@ def _dispatch_by_choice(
 _DISPATCH = Exercise(
     key="04.2",
     title="Dispatch",
-    task="Write `dispatch`: the rows of all kept choices sorted by expert, the flat choice `2 * t + k` behind each "
-    "row, and each expert's number of rows. Your capstone model will use it.",
+    task="Write `dispatch`: collect the rows of all kept choices, sorted by expert. Return them, for each row its flat "
+    "choice `2 * t + k`, and each expert's number of rows. Your capstone model will use it.",
     difficulty="medium",
     importance="essential",
     minutes=15,
@@ -168,8 +168,8 @@ def _combine_unsorted_gates(outputs: Tensor, order: Tensor, gates: Tensor) -> Te
 _COMBINE = Exercise(
     key="04.3",
     title="Combine",
-    task="Write `combine`: bring each expert output home to its token, times its gate. A token without rows gets "
-    "zeros. Your capstone model will use it.",
+    task="Write `combine`: bring each output home to its token, times its gate; `order` says whose it is. A token "
+    "without rows gets zeros. Your capstone model will use it.",
     difficulty="medium",
     importance="essential",
     minutes=10,
