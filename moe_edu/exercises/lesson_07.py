@@ -73,7 +73,7 @@ _SHIFT = Exercise(
 
 
 def token_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """logits [B, L, V], labels [B, L], mask [B, L] (1 real, 0 padded), to the mean cross-entropy a real token."""
+    """logits [B, L, V], labels [B, L], mask [B, L] (1 real, 0 padded) to the mean loss a real token."""
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     return (losses * mask).sum() / mask.sum()
 
@@ -164,6 +164,11 @@ def _warmup_goes_on(peak: float, step: int, warmup_steps: int, total_steps: int)
     return peak * (step + 1) / warmup_steps * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
+def _cosine_after_warmup(peak: float, step: int, warmup_steps: int, total_steps: int) -> float:
+    warmup, later = (step + 1) / warmup_steps, (step - warmup_steps) / (total_steps - warmup_steps)
+    return peak * (warmup if step < warmup_steps else 0.5 * (1 + math.cos(math.pi * later)))
+
+
 _SCHEDULE = Exercise(
     key="07.3",
     title="Warm up, then cool down",
@@ -181,6 +186,10 @@ _SCHEDULE = Exercise(
             _first_step_is_lost, "Your first step has the rate 0 and learns nothing: count it as step one."
         ),
         Mistake(_whole_cosine, "Half a cosine: from 1 down to 0. Yours comes up again and ends at the peak."),
+        Mistake(
+            _cosine_after_warmup,
+            "Your cosine begins behind the warm-up. Here it runs from step 0, and both factors always count.",
+        ),
         Mistake(_warmup_goes_on, "The warm-up ends at 1. Yours goes on growing."),
     ),
     hints=(
@@ -219,6 +228,11 @@ def _always_scaled(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
     return [gradient * max_norm / norm for gradient in gradients]
 
 
+def _sum_of_norms(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
+    norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
+    return [gradient * (max_norm / norm).clamp(max=1.0) for gradient in gradients]
+
+
 _CLIP = Exercise(
     key="07.4",
     title="Clip the gradients",
@@ -235,6 +249,9 @@ _CLIP = Exercise(
         Mistake(
             _each_alone,
             "You clip each tensor by itself: the step then points elsewhere. One factor for all keeps its direction.",
+        ),
+        Mistake(
+            _sum_of_norms, "You added the norms. Their squares add up: it is the length of one long vector."
         ),
         Mistake(_by_value, "You cut off single numbers, which turns the step. Scale all of it instead."),
         Mistake(_always_scaled, "Small gradients should stay small: yours are blown up to max_norm."),

@@ -77,7 +77,7 @@ EXPLORER = Explorer(
     ),
     challenges=(
         "Find a step with a loss below 2.5 and chrF++ still below 10.",
-        "Find where the first phrase comes right.",
+        "Find the step at which a phrase is right for the first time.",
         "Leave the balancing loss out, and find an expert with nothing to do.",
     ),
     view=view,

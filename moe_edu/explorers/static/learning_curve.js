@@ -55,7 +55,7 @@ function draw(view, state, act, spec) {
   const { data } = spec;
   const run = data.runs[state.weight];
   const snapshot = view.snapshot >= 0 ? run.snapshots[view.snapshot] : null;
-  const [panel, bar] = [392, 210];
+  const [panel, bars, scale] = [392, 488, 420]; // half of the tokens are 210 wide
   return [
     chart(24, "loss per target token", 8, (r) => r.points.map((p) => [p.step, p.loss]), state, data, view.loss),
     chart(158, "chrF++ on validation sentences", 100, (r) => r.snapshots.map((s) => [s.step, s.chrf]), state, data, view.chrf),
@@ -63,11 +63,11 @@ function draw(view, state, act, spec) {
     label(panel, 16, "share of the tokens that choose it first", { size: 13, weight: 600 }),
     view.load.map((share, e) => [
       expertTag(panel, 24 + e * 29, 46, spec.experts[e], 22),
-      h("rect", { x: panel + 54, y: 26 + e * 29, width: Math.max(1, share * (bar / 0.5)), height: 18, fill: spec.experts[e].color, class: "tag" }),
-      label(panel + 60 + share * (bar / 0.5), 40 + e * 29, percent(share), { size: 12 }),
+      h("rect", { x: bars, y: 26 + e * 29, width: Math.max(1, share * scale), height: 18, fill: spec.experts[e].color, class: "tag" }),
+      label(bars - 8, 40 + e * 29, percent(share), { size: 12, anchor: "end" }),
     ]),
-    h("path", { d: `M${panel + 54 + (bar / 0.5) / 8} 22V254`, class: "line", "stroke-dasharray": "4 3" }),
-    label(panel + 54 + (bar / 0.5) / 8, 268, "even", { size: 11, anchor: "middle", soft: true }),
+    h("path", { d: `M${bars + scale / view.load.length} 22V254`, class: "line", "stroke-dasharray": "4 3" }),
+    label(bars + scale / view.load.length, 268, "even", { size: 11, anchor: "middle", soft: true }),
     range(data.phrases.length).map((i) => {
       const [phrase, y] = [data.phrases[i], 300 + i * 30];
       const text = snapshot === null ? "not translated yet" : snapshot.translations[i] || "(no words)";
@@ -76,7 +76,7 @@ function draw(view, state, act, spec) {
         label(10, y, phrase.source, { size: 13 }),
         label(230, y, phrase.language.slice(0, 3), { size: 11, anchor: "end", soft: true }),
         label(252, y, "→", { soft: true }),
-        label(276, y, `${view.right[i] ? "✓ " : ""}${shortened(text, 62)}`, { size: 13, weight: view.right[i] ? 600 : 400, soft: snapshot === null }),
+        label(276, y, `${view.right[i] ? "✓ " : ""}${shortened(text, 56)}`, { size: 13, weight: view.right[i] ? 600 : 400, soft: snapshot === null }),
       ];
     }),
   ];
