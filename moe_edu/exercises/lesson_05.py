@@ -143,8 +143,8 @@ def _softmax_of_mean(gate_logits: Tensor) -> Tensor:
 _CONSTANT = Exercise(
     key="05.3",
     title="Spot the bug: a loss that never moves",
-    task="The published balancing loss multiplies f with this P. It always came out the same, so it balanced nothing. "
-    "Print what the code returns, then mend it.",
+    task="The published balancing loss multiplied f with this P, which is always the same, so it balanced nothing. "
+    "Print `mean_probability(torch.randn(4, 3))`, see why, and mend it.",
     difficulty="medium",
     importance="important",
     minutes=10,
