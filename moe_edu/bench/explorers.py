@@ -1,60 +1,120 @@
-"""`moe-edu bench explorers`: from input to redraw, in a real browser, for the explorers that compute in the page."""
+"""`moe-edu bench explorers`: from key press to redraw, in a real browser.
+
+Two ways. In the page: the explorer computes and draws by itself, as lessons show it. Through Python: it stands in
+JupyterLab linked with a kernel, whose answer to the new state is drawn below it, as the box to translate in does.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
+from moe_edu.bench.lab import Lab, explain_missing_lab, open_lab
 from moe_edu.browser import open_browser
 
+BOX = "translate_box"  # measured beside the explorers: what the lessons compute in Python while the reader types
+_CONTROL = ".moe-x input[type=range], .moe-x [role=slider], .moe-x select"
+_BOX_CONTROL = ".widget-text input"
+_ARROWS = ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft")
+_LETTERS = ("7", "Backspace")
+_MOUNTED = ".moe-x[data-mounted]"
+_ANSWER = ".widget-html"
+_ANSWER_MS = 2_000  # after which a press counts as one without an answer
+
 # The browser stamps a key press as it comes in; the observer hears of the new picture. Both on the same clock.
-_WATCH = """() => {
+_WATCH = """(observed) => {
   window.times = [];
   let pressed = null;
   addEventListener("keydown", (event) => { pressed = event.timeStamp; }, true);
   new MutationObserver(() => {
     if (pressed !== null) window.times.push(performance.now() - pressed);
     pressed = null;
-  }).observe(document.querySelector(".moe-x"),
+  }).observe(document.querySelector(observed),
     { subtree: true, childList: true, attributes: true, characterData: true });
 }"""
 
+_LINKED_CELL = """
+from html import escape
+from ipywidgets import HTML, VBox
+from moe_edu import explorers, lessons
+lessons.begin()
+linked, answer = explorers.get({name!r}).widget(), HTML("<p>none yet</p>")
+def respond(change):
+    answer.value = f"<p>{{escape(str(linked.state))}}: {{escape(str(linked.view))}}</p>"
+linked.observe(respond, names="state")
+lessons.show(VBox([linked, answer]))
+"""
+_BOX_CELL = """
+from moe_edu import lessons, load_pretrained
+lessons.begin()
+lessons.show(lessons.translate_box(load_pretrained(), text="quinta-feira, 1 de agosto de 1996"))
+"""
+
 
 class Redraw(NamedTuple):
-    """Milliseconds from key press to redraw of one explorer over `presses` presses."""
+    """Milliseconds from key press to redraw of one explorer, over the `presses` that changed its picture.
+
+    `way` is "page" or "python".
+    """
 
     name: str
+    way: str
     median_ms: float
     slowest_ms: float
     presses: int
 
 
-def measure_redraws(presses: int) -> list[Redraw]:
-    """Press arrow keys on the first control of each explorer, back and forth, and time every redraw.
+def measure_in_page(browser: Any, names: Sequence[str], presses: int) -> Iterator[Redraw]:
+    """Press arrow keys on the first control of each explorer, back and forth, and time every redraw."""
+    from moe_edu.explorers import get  # here: the command line starts faster without widgets
 
-    Raises:
-        RuntimeError: no browser on this machine.
-    """
-    from moe_edu.explorers import NAMES, get  # here: the command line starts faster without widgets
+    page = browser.new_page(viewport={"width": 800, "height": 900})
+    for name in names:
+        page.set_content(f"<!doctype html><meta charset='utf-8'><body>{get(name).html()}</body>")
+        page.wait_for_selector(_MOUNTED)
+        page.evaluate(_WATCH, ".moe-x")
+        page.locator(_CONTROL).first.focus()
+        for press in range(presses):
+            page.keyboard.press(_ARROWS[press % len(_ARROWS)])
+        yield _summary(name, "page", page)
 
-    with open_browser() as browser:
-        page = browser.new_page(viewport={"width": 800, "height": 900})
-        return [_measure(page, name, get(name).html(), presses) for name in NAMES]
+
+def measure_through_python(lab: Lab, names: Sequence[str], presses: int) -> Iterator[Redraw]:
+    """The same where each new state goes to Python, and what Python makes of it is drawn; and the box, typed into."""
+    for name in names:
+        is_box = name == BOX
+        with lab.run(_BOX_CELL if is_box else _LINKED_CELL.format(name=name)) as page:
+            page.wait_for_selector(_ANSWER)
+            page.locator(_BOX_CONTROL if is_box else _CONTROL).first.focus()
+            page.evaluate(_WATCH, _ANSWER)
+            keys = _LETTERS if is_box else _ARROWS
+            for press in range(presses):
+                _press_and_wait(page, keys[press % len(keys)])
+            yield _summary(name, "python", page)
 
 
-def _measure(page: Any, name: str, html: str, presses: int) -> Redraw:
-    page.set_content(f"<!doctype html><meta charset='utf-8'><body>{html}</body>")
-    page.wait_for_selector(".moe-x[data-mounted]")
-    page.evaluate(_WATCH)
-    page.locator(".moe-x input[type=range], .moe-x [role=slider], .moe-x select").first.focus()
-    for press in range(presses):
-        page.keyboard.press("ArrowRight" if press % 4 < 2 else "ArrowLeft")
+def _press_and_wait(page: Any, key: str) -> None:
+    """Press, and wait for the answer; at an end of its range a control has none."""
+    from playwright.sync_api import TimeoutError as NoAnswerError
+
+    before = page.evaluate("window.times.length")
+    page.keyboard.press(key)
+    with contextlib.suppress(NoAnswerError):
+        page.wait_for_function("before => window.times.length > before", arg=before, timeout=_ANSWER_MS)
+
+
+def _summary(name: str, way: str, page: Any) -> Redraw:
     times = page.evaluate("window.times")
-    return Redraw(name, statistics.median(times), max(times), len(times))
+    if not times:
+        raise RuntimeError(f"{name} ({way}) answered no key press")
+    return Redraw(name, way, statistics.median(times), max(times), len(times))
 
 
 @click.command()
@@ -62,15 +122,44 @@ def _measure(page: Any, name: str, html: str, presses: int) -> Redraw:
     "--presses", type=click.IntRange(4), default=60, show_default=True, help="Key presses an explorer."
 )
 @click.option(
+    "--only", multiple=True, help=f"Measure only this explorer, or {BOX}; may be given several times."
+)
+@click.option("--python/--no-python", default=True, show_default=True, help="Also measure through Python.")
+@click.option(
     "--output", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Write JSON here."
 )
-def explorers(presses: int, output: Path | None) -> None:
-    """Time each explorer in the system's Chromium, from key press to redraw."""
-    results = measure_redraws(presses)
-    click.echo(f"{'explorer':22} {'median ms':>10} {'slowest ms':>11} {'redraws':>8}")
-    for name, median, slowest, redraws in results:
-        click.echo(f"{name:22} {median:10.1f} {slowest:11.1f} {redraws:8}")
+def explorers(presses: int, only: tuple[str, ...], python: bool, output: Path | None) -> None:
+    """Time each explorer in the system's Chromium, from key press to redraw.
+
+    First as it computes in the page; then linked with Python in a JupyterLab of its own, with the box to translate in.
+    """
+    from moe_edu.explorers import NAMES
+
+    names = only or (*NAMES, BOX)
+    unknown = set(names) - {*NAMES, BOX}
+    if unknown:
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join((*NAMES, BOX))}")
+    advice = explain_missing_lab()
+    if python and advice is not None:
+        click.echo(f"without the way through Python: {advice}")
+    results = []
+    click.echo(f"{'explorer':18} {'way':8} {'median ms':>10} {'slowest ms':>11} {'redraws':>8}")
+    try:
+        with contextlib.ExitStack() as stack:
+            browser = stack.enter_context(open_browser())
+            measured = [measure_in_page(browser, [name for name in names if name != BOX], presses)]
+            if python and advice is None:
+                measured.append(
+                    measure_through_python(stack.enter_context(open_lab(browser)), names, presses)
+                )
+            for result in itertools.chain(*measured):
+                click.echo(
+                    f"{result.name:18} {result.way:8} {result.median_ms:10.1f} {result.slowest_ms:11.1f} "
+                    f"{result.presses:8}"
+                )
+                results.append(result)
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
     if output is not None:
-        output.write_text(
-            json.dumps([result._asdict() for result in results], indent=2) + "\n", encoding="utf-8"
-        )
+        text = json.dumps([result._asdict() for result in results], indent=2)
+        output.write_text(text + "\n", encoding="utf-8")

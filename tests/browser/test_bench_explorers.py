@@ -1,4 +1,4 @@
-"""The benchmark of the explorers measures each of them; how fast is not a test's business."""
+"""The benchmark of the explorers measures each of them, both ways; how fast is not a test's business."""
 
 import json
 import subprocess
@@ -6,28 +6,44 @@ import sys
 
 import pytest
 
+from moe_edu.bench.explorers import BOX
 from moe_edu.explorers import NAMES
 
 pytestmark = pytest.mark.browser
 
 
-def test_times_every_explorer(tmp_path):
-    output = tmp_path / "times.json"
+def bench(*options):
     # In a process of its own: Playwright's browser of the other tests is at work in this one.
-    command = [
-        sys.executable,
-        "-m",
-        "moe_edu.cli",
-        "bench",
-        "explorers",
-        "--presses",
-        "8",
-        "--output",
-        output,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "moe_edu.cli", "bench", "explorers", *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def measured(tmp_path, *options):
+    output = tmp_path / "times.json"
+    done = bench("--output", str(output), *options)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text("utf-8"))
-    assert [result["name"] for result in results] == list(NAMES)
-    assert all(result["presses"] >= 4 for result in results)
     assert all(0 < result["median_ms"] <= result["slowest_ms"] for result in results)
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [[result["name"], result["way"]] for result in results]
+    return results
+
+
+def test_times_every_explorer_in_the_page(tmp_path):
+    results = measured(tmp_path, "--no-python", "--presses", "8")
+    assert [(result["name"], result["way"]) for result in results] == [(name, "page") for name in NAMES]
+    assert all(result["presses"] >= 4 for result in results)
+
+
+def test_times_the_way_through_python(tmp_path):
+    """One explorer for all, which are linked alike, and the box to translate in."""
+    results = measured(tmp_path, "--only", "router_training", "--only", BOX, "--presses", "4")
+    ways = [(result["name"], result["way"]) for result in results]
+    assert ways == [("router_training", "page"), ("router_training", "python"), (BOX, "python")]
+    assert all(result["presses"] >= 2 for result in results)
+
+
+def test_names_that_do_not_exist(tmp_path):
+    done = bench("--only", "router_bored")
+    assert done.returncode == 2
+    assert "router_bored: there are first_steps, " in done.stderr
