@@ -116,7 +116,7 @@ _MUTUAL_INFORMATION = Exercise(
 
 
 def gates_without(logits: Tensor, removed: int) -> Tensor:
-    """logits [T, E] to gates [T, E]: top-2 gates, each row summing to 1, as if expert `removed` did not exist."""
+    """logits [T, E] to top-2 gates [T, E], rows summing to 1, as if expert `removed` did not exist."""
     logits = logits.index_fill(1, torch.tensor([removed]), -torch.inf)
     best, index = logits.topk(2, dim=1)
     return torch.zeros_like(logits).scatter(1, index, best.softmax(dim=1))
@@ -142,6 +142,12 @@ def _gates_silenced(logits: Tensor, removed: int) -> Tensor:
     return gates.index_fill(1, torch.tensor([removed]), 0.0)
 
 
+def _gates_of_all_left(logits: Tensor, removed: int) -> Tensor:
+    probs = logits.index_fill(1, torch.tensor([removed]), -torch.inf).softmax(dim=1)
+    best, index = probs.topk(2, dim=1)
+    return torch.zeros_like(logits).scatter(1, index, best)
+
+
 _ABLATION = Exercise(
     key="08.3",
     title="Route around a missing expert",
@@ -161,6 +167,10 @@ _ABLATION = Exercise(
             _gates_silenced,
             "You chose first and removed afterwards, so some rows no longer sum to 1. Remove before you choose.",
         ),
+        Mistake(
+            _gates_of_all_left,
+            "Those are probabilities among all that are left. Gates compare the two chosen ones alone.",
+        ),
     ),
     hints=(
         "Take the expert out before the choice, and the rest is plain top-2 routing.",
@@ -170,7 +180,7 @@ _ABLATION = Exercise(
 
 
 def experts_to_keep(load: Tensor, keep: int) -> Tensor:
-    """load [G, E], tokens of each language at each expert, to [keep]: the experts to keep, by number, ascending.
+    """load [G, E], tokens of each language at each expert, to [keep]: numbers of experts, ascending.
 
     Every language counts alike, however many tokens it has.
     """
@@ -180,10 +190,10 @@ def experts_to_keep(load: Tensor, keep: int) -> Tensor:
 
 def _draw_load(generator: torch.Generator) -> tuple[Tensor, int]:
     E = int(torch.randint(4, 8, (1,), generator=generator))
-    # One large language that lives on the last experts, and small ones that live on the first.
+    # One large language that lives on some experts, and small ones that live on others.
     large = torch.randint(500, 999, (1, E), generator=generator) * torch.arange(1, E + 1)
     small = torch.randint(1, 9, (4, E), generator=generator) * torch.arange(E, 0, -1) ** 3
-    return torch.cat([large, small]), 2
+    return torch.cat([large, small])[:, torch.randperm(E, generator=generator)], 2
 
 
 def _keep_by_total(load: Tensor, keep: int) -> Tensor:
@@ -193,6 +203,11 @@ def _keep_by_total(load: Tensor, keep: int) -> Tensor:
 def _keep_least(load: Tensor, keep: int) -> Tensor:
     share = load / load.sum(dim=1, keepdim=True)
     return share.sum(dim=0).topk(keep, largest=False).indices.sort().values
+
+
+def _keep_by_rank(load: Tensor, keep: int) -> Tensor:
+    share = load / load.sum(dim=1, keepdim=True)
+    return share.sum(dim=0).topk(keep).indices
 
 
 _PRUNING = Exercise(
@@ -210,6 +225,9 @@ _PRUNING = Exercise(
             _keep_by_total,
             "You added up tokens, so the largest language decides alone. Turn each row into shares first.",
         ),
+        Mistake(
+            _keep_by_rank, "The right experts, the busiest first. Give their numbers in ascending order."
+        ),
         Mistake(_keep_least, "Those are the least active: the ones to prune, not to keep."),
     ),
     hints=(
@@ -220,7 +238,7 @@ _PRUNING = Exercise(
 
 
 def chance_level(labels: Tensor, experts: Tensor, order: Tensor, num_labels: int, num_experts: int) -> Tensor:
-    """labels [N], experts [N], order [N] (a permutation) to a scalar: information in bits after shuffling the labels.
+    """labels, experts, order (a permutation), each [N], to a scalar: bits that are left by chance.
 
     Token i gets the label of token order[i], and keeps its expert.
     """

@@ -10,14 +10,14 @@ from moe_edu.experiments.specialisation import load_results
 from moe_edu.explorers.explorer import Choice, Explorer, Slider, State, Toggle, View
 from moe_edu.explorers.wording import fixed, listed, percent
 
-# Of the 34 languages, sixteen that stand for all scripts but three; grouped by script.
+# Sixteen of the 34 languages, in nine of the fifteen scripts; grouped by script.
 LANGUAGES = (
+    "eng_Latn",
     "deu_Latn",
     "fra_Latn",
     "spa_Latn",
     "fin_Latn",
     "tur_Latn",
-    "vie_Latn",
     "rus_Cyrl",
     "ukr_Cyrl",
     "ell_Grek",
@@ -49,7 +49,7 @@ def view(state: State) -> View:
     data = _data()[state["model"]]
     found = data["trained" if state["trained"] else "untrained"]
     shares = [[number / sum(counts) for number in counts] for counts in found["load"]]
-    row = min(state["row"], len(shares) - 1)  # smaller models have fewer
+    row = min(state["row"], len(shares)) - 1  # smaller models have fewer
     expert = min(state["expert"], len(shares[0]) - 1)
     share = shares[row][expert]
     words = found["words"][row][expert]
@@ -59,7 +59,8 @@ def view(state: State) -> View:
     sentence = (
         f"In {title}, {'trained' if state['trained'] else 'untrained'}, the chosen expert tells "
         f"{fixed(bits)} bits about the language, above chance. {name} sends {percent(share)} of its {unit} first to "
-        f"expert {expert}" + (f", most often in {listed([f'“{word}”' for word in words])}." if words else ".")
+        f"expert {expert}"
+        + (f", most often in {listed([_quoted(word) for word in words])}." if words else ".")
     )
     return {
         "rows": data["codes"],
@@ -72,6 +73,11 @@ def view(state: State) -> View:
         "sentence": sentence,
         "met": [state["trained"] and share >= 0.6, bits < 0.1, state["trained"] and share < 0.002],
     }
+
+
+def _quoted(word: str) -> str:
+    """`word` in quotation marks that stay around it where it is written from right to left."""
+    return f"“\u2068{word}\u2069”"
 
 
 def scripts_of(expert: int, shares: list[list[float]], scripts: list[str]) -> list[list[Any]]:
@@ -92,17 +98,18 @@ def _data() -> dict[str, Any]:
 
 def _map(model: str) -> dict[str, Any]:
     results = load_results(model)
-    rows = [results["languages"].index(code) for code in LANGUAGES if code in results["languages"]]
+    side = _SIDES[model]
+    run = results["runs"][0]
+    reports = {state: run[state][side] if side else run[state] for state in ("trained", "untrained")}
+    places = [results["languages"].index(code) for code in LANGUAGES if code in results["languages"]]
+    rows = [row for row in places if any(reports["trained"]["load"][row])]  # one model never reads English
     codes = [results["languages"][row] for row in rows]
     maps: dict[str, Any] = {
         "codes": codes,
         "names": [get_language(code).name for code in codes],
         "scripts": [get_language(code).script_name for code in codes],
     }
-    side = _SIDES[model]
-    run = results["runs"][0]
-    for state in ("trained", "untrained"):
-        report = run[state][side] if side else run[state]
+    for state, report in reports.items():
         information = report["information"]["language"]
         maps[state] = {
             "load": [report["load"][row] for row in rows],
@@ -124,7 +131,7 @@ EXPLORER = Explorer(
             "letters",
         ),
         Toggle("trained", "Trained", True),
-        Slider("row", "Row", 0, len(LANGUAGES) - 1, 1, 6),
+        Slider("row", "Language, from the top", 1, len(LANGUAGES), 1, 7),
         Slider("expert", "Expert", 0, 15, 1, 13),
     ),
     challenges=(
@@ -133,7 +140,7 @@ EXPLORER = Explorer(
         "In a trained model, find an expert that a language all but avoids: below 0.2 %.",
     ),
     view=view,
-    solutions=({"row": 9, "expert": 14}, {"trained": False}, {"row": 0, "expert": 13}),
+    solutions=({"row": 10, "expert": 14}, {"trained": False}, {"row": 1, "expert": 13}),
     height=404,
     data=_data(),
 )

@@ -42,7 +42,7 @@ def test_scripts_count_every_language_alike():
 
 
 def test_a_state_beyond_a_smaller_model_shows_its_last_cell():
-    shown = view(EXPLORER.state(model="decoder", row=15, expert=15))
+    shown = view(EXPLORER.state(model="decoder", row=16, expert=15))
     assert shown["row"] == len(shown["rows"]) - 1
     assert shown["expert"] == len(shown["shares"][0]) - 1
 

@@ -10,7 +10,7 @@ function compute(state, data) {
   const { codes, names, scripts, trained, untrained } = data[state.model];
   const found = state.trained ? trained : untrained;
   const shares = found.load.map((counts) => counts.map((number) => number / sum(counts)));
-  const row = Math.min(state.row, shares.length - 1);
+  const row = Math.min(state.row, shares.length) - 1;
   const expert = Math.min(state.expert, shares[0].length - 1);
   const share = shares[row][expert];
   const words = found.words[row][expert];
@@ -19,10 +19,13 @@ function compute(state, data) {
     rows: codes, shares, row, expert, words, scripts: scriptsOf(expert, shares, scripts), bits: found.bits,
     sentence: `In ${title}, ${state.trained ? "trained" : "untrained"}, the chosen expert tells ${fixed(found.bits)} bits ` +
       `about the language, above chance. ${names[row]} sends ${percent(share)} of its ${unit} first to expert ${expert}` +
-      (words.length ? `, most often in ${listed(words.map((word) => `“${word}”`))}.` : "."),
+      (words.length ? `, most often in ${listed(words.map(quoted))}.` : "."),
     met: [state.trained && share >= 0.6, found.bits < 0.1, state.trained && share < 0.002],
   };
 }
+
+// Quotation marks that stay around a word where it is written from right to left.
+const quoted = (word) => `“\u2068${word}\u2069”`;
 
 function scriptsOf(expert, shares, scripts) {
   const parts = new Map();
@@ -30,6 +33,9 @@ function scriptsOf(expert, shares, scripts) {
   const whole = sum([...parts.values()]);
   return [...parts].sort((a, b) => b[1] - a[1]).map(([script, part]) => [script, whole ? part / whole : 0]);
 }
+
+// A name that fits beside the map.
+const short = (name) => name.replace(/ \(.*/, "").replace("Modern Standard ", "").replace("Western ", "");
 
 function draw(view, state, act, spec) {
   const { names, scripts } = spec.data[state.model];
@@ -46,22 +52,22 @@ function draw(view, state, act, spec) {
   return [
     label(left - 8, 22, "experts", { anchor: "end", soft: true, size: 12 }),
     view.shares[0].map((_, e) => expertTag(left + e * width + 1, 8, width - 2, { ...spec.experts[e], label: experts > 8 ? `${e}` : spec.experts[e].label }, 20)),
-    names.map((name, g) => label(left - 8, top + g * height + 16, name.replace(/ \(.*/, "").replace("Modern Standard ", "").replace("Western ", ""),
+    names.map((name, g) => label(left - 8, top + g * height + 16, short(name),
       { anchor: "end", size: 13, weight: g === view.row ? 600 : undefined })),
     view.shares.map((row, g) => row.map((share, e) => button({
       x: left + e * width, y: top + g * height, width, height, name: `${names[g]}, expert ${e}: ${percent(share)}`,
-      pressed: g === view.row && e === view.expert, onPress: () => act.set({ row: g, expert: e }),
+      pressed: g === view.row && e === view.expert, onPress: () => act.set({ row: g + 1, expert: e }),
     }, cell(left + e * width + 0.5, top + g * height + 0.5, width - 1, height - 1, (share / largest) * 1.6, undefined),
     share >= 0.1 && label(left + (e + 0.5) * width, top + g * height + 15, (100 * share).toFixed(0), { anchor: "middle", size: 11, mono: true })))),
     h("rect", { x: chosen.x, y: chosen.y, width, height, rx: 2, class: "curve", style: "stroke-width: 2.5" }),
     label(left, top + view.shares.length * height + 14, "per cent of the language's tokens, first choice; a stronger blue is more", { size: 12, soft: true }),
-    label(side, 46, names[view.row], { weight: 600 }),
+    label(side, 46, short(names[view.row]), { weight: 600 }),
     label(side, 64, `${percent(view.shares[view.row][view.expert], 1)} to expert ${view.expert}`, { size: 13 }),
     label(side, 90, "most often in", { size: 12, soft: true }),
     view.words.length ? view.words.map((word, i) => label(side, 112 + i * 22, word.length > 18 ? `${word.slice(0, 17)}…` : word, { size: 14 }))
       : label(side, 112, "nothing", { soft: true }),
     label(side, 208, `Who comes to expert ${view.expert}?`, { weight: 600, size: 13 }),
-    label(side, 226, "by script, languages alike", { size: 12, soft: true }),
+    label(side, 226, "share of each script", { size: 12, soft: true }),
     view.scripts.slice(0, 4).map(([script, part], i) => bar(script, part, i)),
   ];
 }
