@@ -138,7 +138,8 @@ class SparseMLP(nn.Module):
             return rows, weights * (1 - p)
         if self.config.elementwise_token_dropout:
             return F.dropout(rows, p), weights
-        uniform = torch.rand(weights.shape, device=weights.device, generator=generator)
+        # Not `torch.rand`, which torch.compile cannot trace with a generator argument where T is not fixed.
+        uniform = torch.empty_like(weights, dtype=torch.float32).uniform_(generator=generator)
         return rows, weights * (uniform >= p)
 
 

@@ -286,7 +286,8 @@ def _give_up_unlikely(expert_index: Tensor, probs: Tensor, generator: torch.Gene
     """Keep a second choice of probability p2 only if `2 * p2 > U(0, 1)`."""
     first, second = expert_index.split(1, dim=1)
     p2 = probs.detach().gather(1, second.clamp(min=0))
-    uniform = torch.rand(p2.shape, generator=generator, device=p2.device, dtype=p2.dtype)
+    # Not `torch.rand`, which torch.compile cannot trace with a generator argument where T is not fixed.
+    uniform = torch.empty_like(p2).uniform_(generator=generator)
     return torch.cat([first, second.where(2 * p2 > uniform, -1)], dim=1)
 
 
