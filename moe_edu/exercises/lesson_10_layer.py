@@ -18,7 +18,7 @@ SWITCH = "`modeling_switch_transformers.py`"
 def add_branch(
     hidden: Tensor, branch: Tensor, noise: Tensor, dropout: float, activation_dropout: float
 ) -> Tensor:
-    """hidden, branch, noise (uniform in [0, 1)) [T, D] to [T, D]: hidden plus the branch after `dropout`."""
+    """hidden, branch, noise (uniform, 0 to 1) [T, D] to [T, D]: hidden plus the branch, dropped out."""
     keep = noise >= dropout
     return hidden + branch * keep / (1 - dropout)
 
@@ -26,7 +26,7 @@ def add_branch(
 def _published_add_branch(
     hidden: Tensor, branch: Tensor, noise: Tensor, dropout: float, activation_dropout: float
 ) -> Tensor:
-    """hidden, branch, noise (uniform in [0, 1)) [T, D] to [T, D]: hidden plus the branch after `dropout`."""
+    """hidden, branch, noise (uniform, 0 to 1) [T, D] to [T, D]: hidden plus the branch, dropped out."""
     keep = noise >= activation_dropout
     return hidden + branch * keep / (1 - activation_dropout)
 
@@ -80,7 +80,7 @@ _ADD_BRANCH = Exercise(
 
 
 def mask_outputs(outputs: Tensor, noise: Tensor, p: float, training: bool) -> Tensor:
-    """outputs, noise (uniform in [0, 1)) [R, D], a row for each word at each of its experts, to [R, D]."""
+    """outputs, noise (uniform, 0 to 1) [R, D], a row for each word at each of its experts, to [R, D]."""
     if training:
         keep = noise[:, :1] >= p
         return outputs * keep
@@ -88,7 +88,7 @@ def mask_outputs(outputs: Tensor, noise: Tensor, p: float, training: bool) -> Te
 
 
 def _published_mask_outputs(outputs: Tensor, noise: Tensor, p: float, training: bool) -> Tensor:
-    """outputs, noise (uniform in [0, 1)) [R, D], a row for each word at each of its experts, to [R, D]."""
+    """outputs, noise (uniform, 0 to 1) [R, D], a row for each word at each of its experts, to [R, D]."""
     if training:
         keep = noise >= p
         return outputs * keep / (1 - p)
@@ -147,7 +147,7 @@ _MASK_OUTPUTS = Exercise(
 
 
 def switch_layer(hidden: Tensor, jitter: Tensor, router: Tensor, experts: Tensor) -> Tensor:
-    """hidden, jitter [T, D], router [E, D], experts [E, D, D] to [T, D]: each word's best expert times its gate."""
+    """hidden, jitter [T, D], router [E, D], experts [E, D, D] to [T, D]: best expert times gate."""
     noisy = hidden * jitter
     gate, expert = (noisy @ router.T).softmax(dim=1).max(dim=1)
     output = torch.einsum("td,tdf->tf", hidden, experts[expert])
@@ -155,7 +155,7 @@ def switch_layer(hidden: Tensor, jitter: Tensor, router: Tensor, experts: Tensor
 
 
 def _published_switch_layer(hidden: Tensor, jitter: Tensor, router: Tensor, experts: Tensor) -> Tensor:
-    """hidden, jitter [T, D], router [E, D], experts [E, D, D] to [T, D]: each word's best expert times its gate."""
+    """hidden, jitter [T, D], router [E, D], experts [E, D, D] to [T, D]: best expert times gate."""
     hidden *= jitter
     gate, expert = (hidden @ router.T).softmax(dim=1).max(dim=1)
     output = torch.einsum("td,tdf->tf", hidden, experts[expert])
@@ -210,14 +210,14 @@ _SWITCH_LAYER = Exercise(
 
 
 def find_room(probs: Tensor, capacity: int) -> Tensor:
-    """probs [T, E] to [T] bool: whether a word finds room at its best expert, in the order of the batch."""
+    """probs [T, E] to [T] bool: whether a word finds room at its best expert; the first come first."""
     chosen = F.one_hot(probs.argmax(dim=1), probs.shape[1])
     place = chosen.cumsum(dim=0)
     return (chosen * (place <= capacity)).sum(dim=1).bool()
 
 
 def _published_find_room(probs: Tensor, capacity: int) -> Tensor:
-    """probs [T, E] to [T] bool: whether a word finds room at its best expert, in the order of the batch."""
+    """probs [T, E] to [T] bool: whether a word finds room at its best expert; the first come first."""
     _, expert = probs.max(dim=1, keepdim=True)
     chosen = F.one_hot(expert, probs.shape[1])
     place = chosen.cumsum(dim=-2)
@@ -264,14 +264,14 @@ _FIND_ROOM = Exercise(
 
 
 def experts_to_run(router_mask: Tensor) -> Tensor:
-    """router_mask [B, S, E], 1 where a word goes to an expert, to [E] bool: experts that somebody goes to."""
+    """router_mask [B, S, E], 1 where a word goes to an expert, to [E] bool: who is wanted at all."""
     B, S, E = router_mask.shape
     flat = router_mask.reshape(B * S, E)
     return flat.sum(dim=0) > 0
 
 
 def _published_experts_to_run(router_mask: Tensor) -> Tensor:
-    """router_mask [B, S, E], 1 where a word goes to an expert, to [E] bool: experts that somebody goes to."""
+    """router_mask [B, S, E], 1 where a word goes to an expert, to [E] bool: who is wanted at all."""
     B, S, E = router_mask.shape
     flat = router_mask.transpose(1, 2).reshape(B * S, E)
     return flat.sum(dim=0) > 0

@@ -213,7 +213,7 @@ _BALANCING_LOSS = Exercise(
 
 
 def balancing_loss_of_logits(logits: list[Tensor]) -> Tensor:
-    """For each layer router logits [T, E], to the mean of the layers' balancing losses over two choices."""
+    """Router logits [T, E] of each layer to the mean of the layers' losses, over two choices a word."""
     losses = []
     for layer in logits:
         probs = layer.softmax(dim=1)
@@ -223,7 +223,7 @@ def balancing_loss_of_logits(logits: list[Tensor]) -> Tensor:
 
 
 def _published_balancing_loss_of_logits(logits: list[Tensor]) -> Tensor:
-    """For each layer router logits [T, E], to the mean of the layers' balancing losses over two choices."""
+    """Router logits [T, E] of each layer to the mean of the layers' losses, over two choices a word."""
     probs = torch.cat(logits).softmax(dim=1)
     f = F.one_hot(probs.topk(2).indices, probs.shape[1]).float().mean(dim=0).sum(dim=0)
     return probs.shape[1] * (f * probs.mean(dim=0)).sum()

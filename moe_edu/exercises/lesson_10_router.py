@@ -21,12 +21,12 @@ def randint(generator: torch.Generator, low: int, high: int) -> int:
 
 
 def words_taken(top_1_mask: Tensor) -> Tensor:
-    """top_1_mask [T, E], a row of zeros where a word was dropped or padded, to [E]: words that each expert took."""
+    """top_1_mask [T, E], a row of zeros where dropped or padded, to [E]: words that each expert took."""
     return top_1_mask.sum(dim=0)
 
 
 def _published_words_taken(top_1_mask: Tensor) -> Tensor:
-    """top_1_mask [T, E], a row of zeros where a word was dropped or padded, to [E]: words that each expert took."""
+    """top_1_mask [T, E], a row of zeros where dropped or padded, to [E]: words that each expert took."""
     expert = top_1_mask.argmax(dim=1)
     return F.one_hot(expert, top_1_mask.shape[1]).sum(dim=0)
 
@@ -50,7 +50,7 @@ def _nothing_for_expert_0(top_1_mask: Tensor) -> Tensor:
 _WORDS_TAKEN = Exercise(
     key="10.1",
     title="The popular expert 0",
-    task="Expert 0 seems overloaded, although nobody chose it. Mend the count. "
+    task="Expert 0 seems to take words that never chose it. Mend the count. "
     "**The test that catches it:** the counts add up to the words that found room.",
     difficulty="easy",
     importance="essential",
@@ -76,13 +76,13 @@ _WORDS_TAKEN = Exercise(
 
 
 def choices_of_words(top_1_mask: Tensor, attention_mask: Tensor) -> Tensor:
-    """top_1_mask [T, E] and attention_mask [T], 1 for words and 0 for padding, to [T, E]: the words' choices."""
+    """top_1_mask [T, E], attention_mask [T] (1 word, 0 padding) to [T, E]: the choices of the words."""
     is_word = attention_mask.bool()
     return top_1_mask * is_word[:, None]
 
 
 def _published_choices_of_words(top_1_mask: Tensor, attention_mask: Tensor) -> Tensor:
-    """top_1_mask [T, E] and attention_mask [T], 1 for words and 0 for padding, to [T, E]: the words' choices."""
+    """top_1_mask [T, E], attention_mask [T] (1 word, 0 padding) to [T, E]: the choices of the words."""
     is_word = ~attention_mask.bool()
     return top_1_mask * is_word[:, None]
 
@@ -128,7 +128,7 @@ _CHOICES_OF_WORDS = Exercise(
 
 
 def capacities(tokens: list[int], training: list[bool], num_experts: int) -> list[int]:
-    """Batches of T tokens, trained on (2 * ceil(T / E) places) or evaluated (T places), to each batch's capacity."""
+    """Each batch's T and whether it is trained on (then 2 * ceil(T / E) places, else T) to capacities."""
     result = []
     for T, trains in zip(tokens, training, strict=True):
         result.append(2 * math.ceil(T / num_experts) if trains else T)
@@ -136,7 +136,7 @@ def capacities(tokens: list[int], training: list[bool], num_experts: int) -> lis
 
 
 def _published_capacities(tokens: list[int], training: list[bool], num_experts: int) -> list[int]:
-    """Batches of T tokens, trained on (2 * ceil(T / E) places) or evaluated (T places), to each batch's capacity."""
+    """Each batch's T and whether it is trained on (then 2 * ceil(T / E) places, else T) to capacities."""
     capacity, result = None, []
     for T, trains in zip(tokens, training, strict=True):
         if not trains:
@@ -195,7 +195,7 @@ _CAPACITIES = Exercise(
 
 
 def sampled_second(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Router logits and Gumbel noise [T, E] to the sampled second choice [T] and the logits for the losses [T, E]."""
+    """Router logits, Gumbel noise [T, E] to sampled second choices [T], logits for the losses [T, E]."""
     first = logits.argmax(dim=1, keepdim=True)
     noisy = logits + noise
     second = noisy.scatter(1, first, -torch.inf).argmax(dim=1)
@@ -203,7 +203,7 @@ def sampled_second(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _published_sampled_second(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Router logits and Gumbel noise [T, E] to the sampled second choice [T] and the logits for the losses [T, E]."""
+    """Router logits, Gumbel noise [T, E] to sampled second choices [T], logits for the losses [T, E]."""
     first = logits.argmax(dim=1, keepdim=True)
     logits += noise
     second = logits.scatter(1, first, -torch.inf).argmax(dim=1)
@@ -253,13 +253,13 @@ _SAMPLED_SECOND = Exercise(
 
 
 def gates(logits: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
-    """logits [T, E]; chosen, kept [T, 2] to gates [T, 2] that sum to 1 over the kept choices, 0 where none is kept."""
+    """logits [T, E], chosen [T, 2], kept [T, 2] to gates [T, 2]: 1 in sum, 0 where none is kept."""
     scores = logits.gather(1, chosen).masked_fill(~kept, torch.finfo(logits.dtype).min)
     return scores.softmax(dim=1) * kept
 
 
 def _published_gates(logits: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
-    """logits [T, E]; chosen, kept [T, 2] to gates [T, 2] that sum to 1 over the kept choices, 0 where none is kept."""
+    """logits [T, E], chosen [T, 2], kept [T, 2] to gates [T, 2]: 1 in sum, 0 where none is kept."""
     p = logits.softmax(dim=1).gather(1, chosen) * kept
     return p / p.sum(dim=1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
 
@@ -288,6 +288,11 @@ def _gates_with_nan(logits: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
     return logits.gather(1, chosen).masked_fill(~kept, -torch.inf).softmax(dim=1)
 
 
+def _gates_without_floor(logits: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
+    p = logits.softmax(dim=1).gather(1, chosen) * kept
+    return p / p.sum(dim=1, keepdim=True)
+
+
 _GATES = Exercise(
     key="10.5",
     title="The lone survivor",
@@ -308,6 +313,10 @@ _GATES = Exercise(
         Mistake(
             _gates_before_dropping, "You normalised before dropping, so a lone survivor gets less than 1."
         ),
+        Mistake(
+            _gates_without_floor,
+            "0 / 0 is NaN: where nothing was kept, and where all that was kept rounds to 0 in fp32.",
+        ),
         Mistake(_gates_with_nan, "Where nothing was kept, a softmax over -inf alone is NaN."),
     ),
     hints=(
@@ -322,7 +331,7 @@ _GATES = Exercise(
 
 
 def random_gates(probs: Tensor, chosen: Tensor, uniform: Tensor) -> Tensor:
-    """probs [T, E], chosen [T, 2], uniform [T] to gates [T, 2]: normalised, then a second choice may be given up."""
+    """probs [T, E], chosen [T, 2], uniform [T] to gates [T, 2]; a second choice may be given up."""
     p = probs.gather(1, chosen)
     first, second = (p / p.sum(dim=1, keepdim=True)).unbind(dim=1)
     keep = 2 * p[:, 1] > uniform
@@ -330,7 +339,7 @@ def random_gates(probs: Tensor, chosen: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _published_random_gates(probs: Tensor, chosen: Tensor, uniform: Tensor) -> Tensor:
-    """probs [T, E], chosen [T, 2], uniform [T] to gates [T, 2]: normalised, then a second choice may be given up."""
+    """probs [T, E], chosen [T, 2], uniform [T] to gates [T, 2]; a second choice may be given up."""
     p = probs.gather(1, chosen)
     first, second = (p / p.sum(dim=1, keepdim=True)).unbind(dim=1)
     second = p[:, 1]

@@ -18,7 +18,7 @@ _MOST_EXPERTS = 16
 _TESTS = (
     "the output has the right shape",
     "no value is infinite or NaN",
-    "the router chooses as the slow one",
+    "the router chooses as a loop does",
     "a word's gates sum to 1",
     "the experts chosen are those that run",
     "the output equals a loop over words",
