@@ -39,6 +39,10 @@ _ACTIVE = Exercise(
             "A token runs two experts in each sparse layer, not one.",
         ),
         Mistake(
+            lambda total, of_one_expert, experts, layers: total - layers * experts * of_one_expert,
+            "You left out every expert. A token does run two of them in each sparse layer.",
+        ),
+        Mistake(
             lambda total, of_one_expert, experts, layers: total - (experts - 2) * of_one_expert,
             "You left out the idle experts of one layer only.",
         ),

@@ -103,7 +103,7 @@ EXPLORER = Explorer(
         Slider("tokens", "Tokens a GPU", 512, 8192, 512, _NLLB.tokens_per_device),
         Slider("factor", "Capacity factor", 0.5, 2.0, 0.25, _NLLB.capacity_factor),
         Choice("precision", "Numbers", (("4", "fp32"), ("2", "fp16, bf16"), ("1", "fp8")), "2"),
-        Slider("sender", "Sender", 0, 511, 1, 21),
+        Slider("sender", "Sender, modulo GPUs", 0, 511, 1, 21),
     ),
     challenges=(
         "Keep every expert on exactly four GPUs.",
