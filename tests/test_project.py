@@ -78,3 +78,42 @@ def test_readme_names_every_lesson():
     text = (ROOT / "README.md").read_text("utf-8")
     for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
         assert f"(notebooks/{path.name})" in text
+
+
+class TestWorkflows:
+    """What GitHub runs covers what pyproject.toml promises."""
+
+    @staticmethod
+    def read(name):
+        return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text("utf-8"))
+
+    def test_systems_pythons_and_the_oldest_and_newest_pytorch(self):
+        matrix = self.read("tests.yml")["jobs"]["systems"]["strategy"]["matrix"]
+        assert matrix["system"] == ["ubuntu-latest", "macos-latest", "windows-latest"]
+        oldest = PYPROJECT["requires-python"].removeprefix(">=")
+        assert matrix["python"] == [oldest, "3.12", "3.13"]
+        (torch,) = (d for d in PYPROJECT["dependencies"] if d.startswith("torch"))
+        newest = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text("utf-8"), re.M)[1]
+        assert matrix["torch"] == [torch.removeprefix("torch>=") + ".0", newest]
+
+    def test_everything_is_what_the_readme_says(self):
+        steps = self.read("tests.yml")["jobs"]["everything"]["steps"]
+        assert steps[-1]["run"] == "make test"
+
+    def test_the_site_is_published_from_what_make_site_builds(self):
+        job = self.read("site.yml")["jobs"]["publish"]
+        assert "make site" in [step.get("run") for step in job["steps"]]
+        assert {"path": "build/site"} in [step.get("with") for step in job["steps"]]
+
+    def test_every_workflow_says_what_it_may_do(self):
+        for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+            assert self.read(path.name)["permissions"]["contents"] == "read"
+
+
+def test_readme_tells_windows_users_what_to_type():
+    """Without make: the packages and the command that `make lab` uses."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert 'python -m pip install -c constraints.txt -e ".[lab]"' in text
+    assert '-c constraints.txt -e ".[lab]"' in makefile
+    assert re.search(r"^moe-edu lab$", text, re.M)
