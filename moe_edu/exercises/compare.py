@@ -65,7 +65,8 @@ def describe(value: Any) -> str:
         return f"a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _compare_tensors(got: Any, expected: Tensor, tolerance: float, name: str) -> Comparison:

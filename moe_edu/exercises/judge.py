@@ -45,7 +45,7 @@ def _judge_value(exercise: Exercise, answer: Any) -> Verdict:
         if compare(answer, mistake.answer, exercise.tolerance).agrees:
             return Verdict("wrong", mistake.message)
     problem = compare(answer, exercise.solution, exercise.tolerance, "your answer").problem
-    return Verdict("wrong", f"{problem}." if problem else f"{answer!r} is not it.")
+    return Verdict("wrong", f"{_capitalised(problem)}." if problem else f"{answer!r} is not it.")
 
 
 def _judge_function(exercise: Exercise, answer: Any, seed: int) -> Verdict:
@@ -87,16 +87,18 @@ def _judge_function(exercise: Exercise, answer: Any, seed: int) -> Verdict:
             return Verdict("wrong", mistake.message)
     problem = next((comparison.problem for comparison in comparisons if comparison.problem), "")
     if problem:
-        return Verdict("wrong", f"{problem[0].upper()}{problem[1:]}.")
+        return Verdict("wrong", f"{_capitalised(problem)}.")
     share = sum(comparison.right for comparison in comparisons) / sum(
         comparison.total for comparison in comparisons
     )
-    agreeing = sum(comparison.agrees for comparison in comparisons)
-    return Verdict(
-        "wrong",
-        f"The shapes are right, and {share:.0%} of the values; {agreeing} of {len(trials)} random inputs come "
-        "out right.",
-    )
+    outcome = f"{sum(c.agrees for c in comparisons)} of {len(trials)} random inputs come out right."
+    if all(comparison.total == 1 for comparison in comparisons):  # a number a case: nothing to say of shapes
+        return Verdict("wrong", outcome)
+    return Verdict("wrong", f"The shapes are right, and {share:.0%} of the values; {outcome}")
+
+
+def _capitalised(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
 
 
 def _unattempted() -> Verdict:
@@ -155,4 +157,4 @@ def _where(error: Exception, answer: Any, arguments: tuple[Any, ...]) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     line = f' in the line "{frames[-1].line}"' if frames and frames[-1].line else ""
     inputs = ", ".join(map(describe, arguments))
-    return f"{type(error).__name__}{line}: {error}. The inputs were {inputs}."
+    return f"{type(error).__name__}{line}: {str(error).rstrip('.')}. The inputs were {inputs}."

@@ -51,6 +51,10 @@ def _gate_not_shared(score: float, other_score: float) -> float:
     return math.exp(score)
 
 
+def _gate_as_ratio(score: float, other_score: float) -> float:
+    return math.exp(score - other_score)
+
+
 _GATE = Exercise(
     key="00.2",
     title="Your first gate",
@@ -69,6 +73,11 @@ _GATE = Exercise(
         Mistake(
             _gate_of_positive_scores,
             "You shared the scores themselves, and they may be negative. Raise e to each of them first.",
+        ),
+        Mistake(
+            _gate_as_ratio,
+            "You divided the first by the other: that says how many times as large it is. A share is a part of the "
+            "sum of both.",
         ),
         Mistake(_gate_not_shared, "Almost: divide by the sum of both, so that the two gates add up to 1."),
     ),

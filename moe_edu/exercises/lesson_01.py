@@ -44,6 +44,10 @@ def _norm_by_variance(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (hidden - hidden.mean(dim=1, keepdim=True)) / (variance + 1e-5) * weight + bias
 
 
+def _norm_without_weight(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(hidden, weight.shape)
+
+
 _LAYER_NORM = Exercise(
     key="01.1",
     title="Layer norm",
@@ -67,6 +71,7 @@ _LAYER_NORM = Exercise(
         Mistake(
             _norm_by_variance, "You divided by the variance. Its square root has the unit of the features."
         ),
+        Mistake(_norm_without_weight, "The norm is right. Now scale it by `weight` and shift it by `bias`."),
     ),
     hints=(
         "Which dimension holds the features of one word? Keep it, so that subtracting works row by row.",
@@ -166,8 +171,8 @@ _SIZE = Exercise(
     key="01.3",
     title="Stored and used",
     task="Write `sparse_layer_size`: the parameters that a sparse layer stores, and those that one token uses. The "
-    "router is one matrix without a bias; an expert is two linear layers with biases, D to F and F to D; a token visits "
-    "two experts.",
+    "router is one matrix without a bias; an expert is two linear layers with biases, D to F and F to D; a token "
+    "visits two experts.",
     difficulty="easy",
     importance="essential",
     minutes=6,

@@ -349,6 +349,7 @@ _SAME_TWO = Exercise(
             "Both experts together have 64 slots for 64 tokens. But who sits in expert 0, and who in expert 1?",
         ),
         Mistake(0.75, "That is one choice a token: the capacity counts two, 2 × 64 / 4 slots."),
+        Mistake(50, "That is in per cent. A share is from 0 to 1."),
         Mistake(0.25, "How many slots has each expert, and do the two experts keep different tokens?"),
     ),
     hints=(

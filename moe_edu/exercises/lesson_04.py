@@ -262,7 +262,10 @@ _BYTES = Exercise(
     importance="important",
     minutes=3,
     solution=4294.967296,
+    tolerance=2e-3,
     mistakes=(
+        Mistake(4294967296, "Those are bytes. One MB is 10⁶ of them."),
+        Mistake(4.294967296, "Those are GB (10⁹ bytes). One MB is 10⁶ bytes."),
         Mistake(8589.934592, "You counted 4 bytes a number; half precision takes 2."),
         Mistake(
             67.108864,

@@ -253,6 +253,10 @@ def _left_behind_any(kept: Tensor, padding: Tensor) -> Tensor:
     return (~kept[~padding].all(dim=1)).float().mean()
 
 
+def _left_behind_of_all(kept: Tensor, padding: Tensor) -> Tensor:
+    return (~kept.any(dim=1) & ~padding).float().mean()
+
+
 _LEFT_BEHIND = Exercise(
     key="05.5",
     title="Left behind",
@@ -270,6 +274,9 @@ _LEFT_BEHIND = Exercise(
         Mistake(
             _left_behind_pads,
             "Your padding counts as left behind: a long batch would look like a bad router.",
+        ),
+        Mistake(
+            _left_behind_of_all, "You divided by all tokens. Padding counts neither above nor below the line."
         ),
         Mistake(_left_behind_any, "A token that lost one choice still has the other."),
     ),

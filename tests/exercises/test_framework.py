@@ -143,7 +143,7 @@ class TestJudge:
         assert judge(QUESTION, torch.tensor(128), 0).outcome == "right"
         assert judge(QUESTION, 127, 0) == ("wrong", "Count from 1.")
         assert judge(QUESTION, 5, 0) == ("wrong", "5 is not it.")
-        assert judge(QUESTION, "many", 0) == ("wrong", "your answer should be a number, not a str.")
+        assert judge(QUESTION, "many", 0) == ("wrong", "Your answer should be a number, not a str.")
 
 
 class TestCompare:
