@@ -168,15 +168,13 @@ class RunNotebook:
         return self.page.locator(EXPLORER).all()
 
     def answers_to_a_key(self, explorer):
-        """Whether the picture changes with an arrow key that the notebook has a shortcut for, and nothing else does."""
-        control = explorer.locator("input[type=range], select, [role=slider]").first
-        picture = explorer.locator("svg")
-        control.focus()
-        before, active = picture.inner_html(), self._active_cell()
+        """Whether it changes with an arrow key that the notebook has a shortcut for, and the chosen cell does not."""
+        explorer.locator("input[type=range], select, [role=slider]").first.focus()
+        before, active = explorer.inner_html(), self._active_cell()
         self.page.keyboard.press("ArrowDown")
-        if picture.inner_html() == before:  # it stood at its lower end, or at its last option
+        if explorer.inner_html() == before:  # the control stood at its lower end, or at its last option
             self.page.keyboard.press("ArrowUp")
-        return picture.inner_html() != before and self._active_cell() == active
+        return explorer.inner_html() != before and self._active_cell() == active
 
     def _active_cell(self):
         return self.page.evaluate(f"{PANEL}.content.activeCellIndex")

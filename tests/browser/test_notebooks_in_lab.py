@@ -3,9 +3,20 @@
 Pictures of all pages are written to build/screenshots/<notebook>/<theme>-<width>-<number>.png for people to look at.
 """
 
+import inspect
+import math
 from pathlib import Path
 
 import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect
+from torch.nn import functional as F
+
+from moe_edu.exercises.cells import PREFIX
+from moe_edu.exercises.exercise import source_of
+from moe_edu.exercises.judge import Verdict, judge
+from moe_edu.exercises.registry import exercises_of
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -77,3 +88,90 @@ class TestAsDelivered:
             for number, picture in enumerate(slices(page), start=1):
                 (folder / f"{theme}-{width}-{number:02}.png").write_bytes(picture)
         assert notebook.complaints == []
+
+    @each_theme
+    def test_axe_finds_no_barrier(self, notebook, theme):
+        show_in(notebook.page, theme)
+        found = Axe().run(notebook.page, {"include": WRITTEN}).response["violations"]
+        assert [(violation["id"], node["html"]) for violation in found for node in violation["nodes"]] == []
+
+
+class TestInUse:
+    def test_explorers_follow_the_keyboard(self, notebook):
+        explorers = notebook.explorers()
+        assert len(explorers) == notebook.num_explorers()
+        for explorer in explorers:
+            assert explorer.get_attribute("data-mounted") == "true"
+            assert notebook.answers_to_a_key(explorer)
+        assert notebook.complaints == []
+        assert notebook.elsewhere == []
+
+    def test_exercises_judge_what_is_typed(self, notebook, name):
+        ids = [cell["id"] for cell in notebook.cells()]
+        for exercise in exercises_of(name[:2]):
+            index = ids.index(f"{PREFIX}{exercise.key.replace('.', '-')}")
+            cell = notebook.page.locator(f"{SCROLLED} .jp-Notebook-cell").nth(index)
+            output = cell.locator(".jp-OutputArea-output")
+
+            starter = judge(exercise, made(exercise.starter_source(), exercise.answer_name), 0)
+            assert starter.outcome == "not attempted"
+            expect(output).to_have_text(f"○ {said(exercise, starter)}")
+
+            source, message = wrong_answer(exercise)
+            type_and_run(notebook.page, cell, source)
+            hint = f'For a hint: exercises.hint("{exercise.key}")'
+            expect(output).to_have_text(f"✗ {said(exercise, Verdict('wrong', message))} {hint}")
+
+            source = exercise.cell_source().replace(exercise.starter_source(), exercise.solution_source(), 1)
+            type_and_run(notebook.page, cell, source)
+            expect(output).to_have_text(f"✓ {said(exercise, judge(exercise, exercise.solution, 0))}")
+        assert notebook.complaints == []
+
+
+def said(exercise, verdict):
+    return f"{exercise.key} {exercise.title}: {verdict.outcome}. {verdict.message}"
+
+
+def made(source, name):
+    """What `source` defines as `name`, in a namespace as a notebook has it."""
+    namespace = {"torch": torch, "Tensor": torch.Tensor, "math": math, "F": F}
+    exec(compile(source, f"<{name}>", "exec"), namespace)
+    return namespace[name]
+
+
+def wrong_answer(exercise):
+    """A cell with a typical wrong answer, and the message that refuses it.
+
+    An answer is typed where it needs nothing but what the notebook has, and else taken from the exercise.
+    """
+    mistake = next(filter(can_be_typed, exercise.mistakes), exercise.mistakes[0])
+    if exercise.is_question:
+        return f"answer = {mistake.answer!r}\n{check_of(exercise, 'answer')}", mistake.message
+    if can_be_typed(mistake):
+        name = mistake.answer.__name__
+        return f"{source_of(mistake.answer)}\n\n\n{check_of(exercise, name)}", mistake.message
+    lines = (
+        "from moe_edu.exercises.registry import find_exercise",
+        f'answer = find_exercise("{exercise.key}").mistakes[0].answer',
+        check_of(exercise, "answer"),
+    )
+    return "\n".join(lines), mistake.message
+
+
+def can_be_typed(mistake):
+    """Whether it is a function with a name that calls no other one of ours."""
+    if not inspect.isfunction(mistake.answer) or mistake.answer.__name__ == "<lambda>":
+        return False
+    return set(inspect.getclosurevars(mistake.answer).globals) <= {"torch", "math", "F"}
+
+
+def check_of(exercise, answer):
+    return f'exercises.check("{exercise.key}", {answer})'
+
+
+def type_and_run(page, cell, source):
+    """Replace what is in a cell, as a reader does, and run it."""
+    cell.locator(".cm-content").click()
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.insert_text(source)
+    page.keyboard.press("Shift+Enter")
