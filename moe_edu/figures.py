@@ -6,6 +6,7 @@ Every piece of text that comes from data is escaped. A Plotly figure carries a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from statistics import fmean
@@ -22,6 +23,7 @@ _FALLBACK_INK = "#767676"
 _FALLBACK_GRID = "rgba(128,128,128,0.25)"
 _MAX_TRANSLATION_CHARS = 80
 _MIN_LABELLED_SHARE = 0.06  # a thinner band has no room for its label
+_LABEL_HEIGHT = 0.07  # of a line of text, as a share of a sweep's axis
 
 
 class Snapshot(NamedTuple):
@@ -207,7 +209,7 @@ def sweep_figure(
         top: where the vertical axis, which begins at 0, ends.
     """
     fig = go.Figure()
-    ends = []
+    ends, heights = [], {}
     for (name, runs), symbol, dash in zip(
         lines.items(),
         ("circle", "diamond-open", "square", "x"),
@@ -225,17 +227,13 @@ def sweep_figure(
             hovertemplate=f"{escape(name)}: %{{y}}<extra>%{{x}}</extra>",
         )
         fig.add_scatter(x=settings, y=means, mode="lines", hoverinfo="skip", line_dash=dash, line_width=1.5)
-        fig.add_annotation(
-            text=escape(name),
-            x=1.01,
-            xref="paper",
-            xanchor="left",
-            y=means[-1],
-            showarrow=False,
-            font_size=12,
-        )
+        heights[name] = means[-1]
         ends.append(
             f"{name} goes from {means[0]:.2f} at {settings[0]:g} to {means[-1]:.2f} at {settings[-1]:g}"
+        )
+    for name, y in spread_apart(heights, _LABEL_HEIGHT * top).items():
+        fig.add_annotation(
+            text=escape(name), x=1.01, xref="paper", xanchor="left", y=y, showarrow=False, font_size=12
         )
     ticks = sorted({setting for runs in lines.values() for setting in runs})
     _set_layout(fig, height=340, margin={"l": 56, "r": 148, "t": 8, "b": 48})
@@ -249,6 +247,16 @@ def sweep_figure(
     )
     fig.update_yaxes(range=[0, top], title_text=y_title)
     return _described(fig, "; ".join(ends) + ".")
+
+
+def spread_apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """The same heights, each raised as far as it must be to stand `gap` above the one below."""
+    placed: dict[str, float] = {}
+    lowest = -math.inf
+    for name in sorted(heights, key=lambda name: heights[name]):
+        placed[name] = max(heights[name], lowest)
+        lowest = placed[name] + gap
+    return {name: placed[name] for name in heights}
 
 
 def dots_figure(runs: Mapping[str, Sequence[float]], x_title: str) -> go.Figure:

@@ -18,6 +18,7 @@ from moe_edu.figures import (
     routing_html,
     score_figure,
     snapshots_html,
+    spread_apart,
     sweep_figure,
     table_html,
     tokens_html,
@@ -243,6 +244,12 @@ class TestSweeps:
         assert [note.text for note in fig.layout.annotations] == ["recall", "&lt;b&gt;test"]
         assert fig.layout.xaxis.type == "log"
         assert "recall goes from 0.55 at 1 to 0.75 at 8" in fig.layout.meta["description"]
+
+    def test_labels_of_lines_that_meet_do_not_overlap(self):
+        heights = {"a": 0.51, "b": 0.5, "c": 0.52, "d": 0.9}
+        placed = spread_apart(heights, 0.1)
+        assert list(placed) == list(heights)
+        assert placed == pytest.approx({"a": 0.6, "b": 0.5, "c": 0.7, "d": 0.9})
 
     def test_lines_differ_by_more_than_colour(self):
         fig = sweep_figure(self.RUNS, "experts", "share")

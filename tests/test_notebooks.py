@@ -73,6 +73,16 @@ class TestForm:
             if not cell.source.startswith("## References"):
                 assert len(cell.source.split()) <= 60, cell.source
 
+    def test_minutes_for_the_exercises_are_theirs(self, path):
+        head = "\n".join(cell.source for cell in cells(path, "markdown")[:3])
+        said = re.search(r"(\d+) for the exercises", head)
+        exercises = exercises_of(path.name[:2]) if path.name[:2].isdigit() else ()
+        if said is None:
+            # Lesson 10 has more than anyone does at once, and says so in its own words.
+            assert path.stem in ("10_read_the_reference", "glossary")
+        else:
+            assert abs(int(said[1]) - sum(exercise.minutes for exercise in exercises)) <= 4
+
     def test_code_is_short(self, path):
         lengths = [len(cell.source.splitlines()) for cell in cells(path, "code")]
         assert max(lengths) <= 25
