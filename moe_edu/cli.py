@@ -18,6 +18,7 @@ import click
 
 from moe_edu.bench import bench
 from moe_edu.config import MoEConfig
+from moe_edu.server import lab_command
 from moe_edu.settings import TrainingSettings
 
 # Set by the corpus and the tokenizer, not by hand.
@@ -112,13 +113,7 @@ def lab(notebook: str, port: int | None, no_browser: bool) -> None:
     if not (folder / notebook).is_file():
         names = ", ".join(sorted(path.name for path in folder.glob("*.ipynb")))
         raise click.ClickException(f"there is no lesson {notebook}; there are {names}")
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        f"--notebook-dir={folder}",
-        f"--LabApp.default_url=/lab/tree/{notebook}",
-    ]
+    command = [*lab_command(), f"--notebook-dir={folder}", f"--LabApp.default_url=/lab/tree/{notebook}"]
     command += [f"--port={port}"] if port else []
     command += ["--no-browser"] if no_browser else []
     # In a container people often are root, which JupyterLab refuses unless told so.

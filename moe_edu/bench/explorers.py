@@ -1,7 +1,8 @@
 """`moe-edu bench explorers`: from key press to redraw, in a real browser.
 
-Two ways. In the page: the explorer computes and draws by itself, as lessons show it. Through Python: it stands in
-JupyterLab linked with a kernel, whose answer to the new state is drawn below it, as the box to translate in does.
+Two ways. In the page: the explorer computes and draws by itself, as lessons show it. Through Python: it stands in the
+JupyterLab of `moe-edu lab`, linked with a kernel, whose answer to the new state is drawn below it, as the box to
+translate in does.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import os
 import secrets
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from urllib.request import urlopen
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
+
+from moe_edu.server import lab_command
 
 _PATIENCE_MS = 120_000  # a busy machine takes long to start a server and a kernel
 # So that neither the user's settings nor their running servers are touched.
@@ -66,7 +67,7 @@ def explain_missing_lab() -> str | None:
 
 @contextmanager
 def open_lab(browser: Any) -> Iterator[Lab]:
-    """Start JupyterLab in a temporary folder; ended, with its kernels, afterwards.
+    """Start JupyterLab as `moe-edu lab` does, in a temporary folder; ended, with its kernels, afterwards.
 
     Args:
         browser: Playwright's.
@@ -81,9 +82,7 @@ def open_lab(browser: Any) -> Iterator[Lab]:
         port, token = free.getsockname()[1], secrets.token_hex(16)
         free.close()
         command = [
-            sys.executable,
-            "-m",
-            "jupyterlab",
+            *lab_command(),
             "--no-browser",
             "--allow-root",
             "--expose-app-in-browser",
