@@ -62,7 +62,7 @@ LETTER_SETTINGS = TrainingSettings(
     steps=2500, batch_tokens=1000, learning_rate=5e-3, warmup_steps=100, router_z_loss_factor=0.001
 )
 DECODER_SETTINGS = TrainingSettings(
-    steps=1200,
+    steps=4000,
     languages=MANY_TO_MANY,
     targets=None,
     vocab_size=1500,
