@@ -20,6 +20,7 @@ from urllib.request import Request, urlopen
 
 import nbformat
 import pytest
+from playwright.sync_api import expect
 
 from moe_edu.browser import find_browser, open_browser
 
@@ -34,7 +35,7 @@ LAB_SETTINGS = {
 }
 # Notebook 7 at times reads a setting before it is there (jupyter/notebook issue 7862), also without any cell of ours.
 NOT_OURS = ("Cannot read properties of undefined (reading 'schema')",)
-EXPLORER = ".jp-OutputArea-output .moe-x"
+EXPLORER = ".jp-OutputArea-output .moe-x[data-mounted=true]"
 PANEL = "window.jupyterapp?.shell.currentWidget"
 
 
@@ -150,22 +151,27 @@ class RunNotebook:
         """The notebook's cells as they would be saved now."""
         return self.page.evaluate(f"[...{PANEL}.model.cells].map(cell => cell.toJSON())")
 
-    def ran_to_its_end(self):
-        """Whether every code cell ran, and none to an error."""
-        cells = [cell for cell in self.cells() if cell["cell_type"] == "code" and cell["source"]]
-        outputs = [output for cell in cells for output in cell["outputs"]]
-        return all(cell["execution_count"] for cell in cells) and not [
-            output for output in outputs if output["output_type"] == "error"
-        ]
-
-    def num_explorers(self):
-        """How many its cells show."""
-        source = "\n".join("".join(cell["source"]) for cell in self.cells() if cell["cell_type"] == "code")
-        return len(re.findall(r"explorers\.(?:show|get)\(", source))
+    def failures(self):
+        """What kept it from its end: errors, and code cells that did not run."""
+        found = []
+        for number, cell in enumerate(self.cells(), start=1):
+            if cell["cell_type"] != "code" or not cell["source"]:
+                continue
+            if not cell["execution_count"]:
+                found.append(f"cell {number} did not run")
+            for output in cell["outputs"]:
+                if output["output_type"] == "error":
+                    found.append(f"cell {number}: {output['ename']}: {output['evalue']}")
+        return found
 
     def explorers(self):
-        """Those in the page, alive or not."""
-        return self.page.locator(EXPLORER).all()
+        """Those in the page, as soon as all that its cells show are alive."""
+        source = "\n".join("".join(cell["source"]) for cell in self.cells() if cell["cell_type"] == "code")
+        alive = self.page.locator(EXPLORER)
+        expect(alive).to_have_count(
+            len(re.findall(r"explorers\.(?:show|get)\(", source)), timeout=PATIENCE_MS
+        )
+        return alive.all()
 
     def answers_to_a_key(self, explorer):
         """Whether it changes with an arrow key that the notebook has a shortcut for, and the chosen cell does not."""

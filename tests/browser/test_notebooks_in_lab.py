@@ -71,7 +71,7 @@ def slices(page):
 
 class TestAsDelivered:
     def test_runs_to_its_end(self, notebook):
-        assert notebook.ran_to_its_end()
+        assert notebook.failures() == []
         assert notebook.complaints == []
         assert notebook.elsewhere == []
 
@@ -101,10 +101,7 @@ class TestAsDelivered:
 
 class TestInUse:
     def test_explorers_follow_the_keyboard(self, notebook):
-        explorers = notebook.explorers()
-        assert len(explorers) == notebook.num_explorers()
-        for explorer in explorers:
-            assert explorer.get_attribute("data-mounted") == "true"
+        for explorer in notebook.explorers():
             assert notebook.answers_to_a_key(explorer)
         assert notebook.complaints == []
         assert notebook.elsewhere == []
