@@ -12,7 +12,11 @@ E, D, F = 5, 16, 24
 FIELDS = {
     "plain": {},
     "capacity": {"expert_capacity_factor": 1.25, "moe_eval_capacity_token_fraction": -1.0},
-    "noise": {"second_expert_policy": "sampling", "moe_token_dropout": 0.2, "batch_prioritized_routing": True},
+    "noise": {
+        "second_expert_policy": "sampling",
+        "moe_token_dropout": 0.2,
+        "batch_prioritized_routing": True,
+    },
     "random": {"second_expert_policy": "random", "normalize_router_prob_before_dropping": True},
 }
 

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 
 import click
 import torch
 
-from moe_edu.bench.contenders import LayerSize, reference_is_here
+from moe_edu.bench.contenders import LayerSize
+from moe_edu.bench.curve import curve_sizes, format_curve, make_curves
 from moe_edu.bench.explorers import explorers
-from moe_edu.bench.layer import MODES, run_layer_bench
+from moe_edu.bench.gpu import DTYPES, gpu_contenders, gpu_sizes, run_checks
+from moe_edu.bench.layer import LIBRARIES, MODES, Factory, LayerResult, Mode, explain_missing, run_layer_bench
+from moe_edu.bench.libraries import reference_is_here
 from moe_edu.bench.memory import can_measure_memory
+from moe_edu.bench.options import (
+    d_model_option,
+    dtype_option,
+    ffn_dim_option,
+    integers_option,
+    json_option,
+    memory_option,
+    mode_option,
+    plot_option,
+    quick_option,
+    repeats_option,
+    threads_option,
+)
+from moe_edu.bench.pictures import curve_svg, layer_svg, model_svg
+from moe_edu.bench.plot import write_plot
 from moe_edu.bench.report import (
+    Machine,
     format_header,
     format_machine,
+    format_missing,
     format_row,
     format_summary,
+    layer_result_to_dict,
     this_machine,
     write_json,
 )
@@ -29,48 +52,19 @@ def bench() -> None:
 bench.add_command(explorers)
 
 
-def _positive_integers(_: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or min(values) < 1:
-        raise click.BadParameter(
-            f"{text!r}: give positive whole numbers with commas between, like 8,32", param=parameter
-        )
-    return values
-
-
 @bench.command()
-@click.option(
-    "--tokens", default="512,4096", show_default=True, callback=_positive_integers, help="T, comma-separated."
-)
-@click.option(
-    "--experts",
-    default="8,32,128",
-    show_default=True,
-    callback=_positive_integers,
-    help="E, comma-separated.",
-)
-@click.option("--d-model", type=click.IntRange(1), default=512, show_default=True, help="D.")
-@click.option("--ffn-dim", type=click.IntRange(1), default=2048, show_default=True, help="F.")
-@click.option("--mode", type=click.Choice(("both", *MODES)), default="both", show_default=True)
-@click.option("--dtype", type=click.Choice(("float32", "bfloat16")), default="float32", show_default=True)
-@click.option(
-    "--repeats", type=click.IntRange(1), default=7, show_default=True, help="Timed calls of each contender."
-)
-@click.option(
-    "--threads", type=click.IntRange(1), default=None, help="CPU threads; by default PyTorch's choice."
-)
-@click.option(
-    "--memory/--no-memory", default=True, show_default=True, help="Also measure peak memory (Linux)."
-)
-@click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Write JSON here."
-)
-@click.option(
-    "--quick", is_flag=True, help="One tiny size, one repeat: shows that it works, measures nothing."
-)
+@integers_option("--tokens", "512,4096", "T")
+@integers_option("--experts", "8,32,128", "E")
+@d_model_option
+@ffn_dim_option
+@mode_option
+@dtype_option
+@repeats_option(7)
+@threads_option
+@memory_option
+@json_option
+@plot_option
+@quick_option
 def layer(
     tokens: tuple[int, ...],
     experts: tuple[int, ...],
@@ -81,39 +75,143 @@ def layer(
     repeats: int,
     threads: int | None,
     memory: bool,
-    output: Path | None,
+    json_path: Path | None,
+    plot_path: Path | None,
     quick: bool,
 ) -> None:
-    """Compare one sparse layer with transformers' NLLB-MoE layer and with the machine's limits.
+    """Compare one sparse layer with other libraries' and with the machine's limits.
 
-    Every contender has the same weights, input and routing, and is checked against a float64 loop before it is timed.
+    Every contender has the same weights, input and routing, and is checked against a float64 loop before it is timed:
+    transformers 4.57.6's NLLB-MoE layer, transformers 5's experts and st-moe-pytorch, each where it is installed.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     sizes = [LayerSize(T, E, d_model, ffn_dim) for E in experts for T in tokens]
     if quick:
         sizes, repeats, memory = [LayerSize(64, 4, 32, 64)], 1, False
-    machine = this_machine()
-    click.echo(format_machine(machine))
-    advice = reference_is_here()
-    if advice is not None:
-        click.echo(f"without the reference: {advice}")
-    if memory and not can_measure_memory():
-        click.echo("without peak memory: it can be measured on Linux only")
+    machine = _begin(threads, memory)
+    missing = explain_missing(LIBRARIES, getattr(torch, dtype), "cpu")
+    if missing:
+        click.echo(format_missing(missing))
+    contenders = {name: make for name, make in LIBRARIES.items() if name not in missing}
+    results = _measure(sizes, mode, dtype, contenders, repeats, memory, machine, json_path)
+    click.echo(format_summary(results))
+    if plot_path is not None:
+        write_plot(plot_path, layer_svg(results, machine))
+
+
+@bench.command()
+@integers_option("--experts", "8,16,32,64,128", "E")
+@integers_option("--tokens", "512,1024,2048,4096,8192", "T")
+@click.option(
+    "--at-tokens", type=click.IntRange(1), default=4096, show_default=True, help="T while the experts grow."
+)
+@click.option(
+    "--at-experts", type=click.IntRange(1), default=32, show_default=True, help="E while the tokens grow."
+)
+@d_model_option
+@ffn_dim_option
+@mode_option
+@dtype_option
+@repeats_option(7)
+@threads_option
+@memory_option
+@json_option
+@plot_option
+@quick_option
+def curve(
+    experts: tuple[int, ...],
+    tokens: tuple[int, ...],
+    at_tokens: int,
+    at_experts: int,
+    d_model: int,
+    ffn_dim: int,
+    mode: str,
+    dtype: str,
+    repeats: int,
+    threads: int | None,
+    memory: bool,
+    json_path: Path | None,
+    plot_path: Path | None,
+    quick: bool,
+) -> None:
+    """Measure what one sparse layer costs as its experts grow, and as its tokens do.
+
+    Beside it, the dense network with the same active work, and the roofline.
+    """
+    if quick:
+        experts, tokens, at_experts, at_tokens, d_model, ffn_dim = (2, 4), (32, 64), 4, 64, 32, 64
+        repeats, memory = 1, False
+    sizes = curve_sizes(experts, tokens, at_experts, at_tokens, d_model, ffn_dim)
+    machine = _begin(threads, memory)
+    results = _measure(sizes, mode, dtype, {}, repeats, memory, machine, json_path)
+    click.echo(format_summary(results))
+    curves = make_curves(results, at_experts, at_tokens)
+    for one in curves:
+        click.echo(format_curve(one))
+    if plot_path is not None:
+        write_plot(plot_path, curve_svg(curves, machine))
+
+
+@bench.command()
+@repeats_option(20)
+@memory_option
+@json_option
+@plot_option
+@quick_option
+def gpu(repeats: int, memory: bool, json_path: Path | None, plot_path: Path | None, quick: bool) -> None:
+    """Compare the layer's back ends on an NVIDIA GPU with the dense layer of the same work.
+
+    Inference and training, bf16 and fp16, at T=16384, D=1024 and 2048, F=4D, E=8, 32 and 128, timed by CUDA events.
+    Then three promises are checked: no wait for the GPU, one graph in torch.compile whatever T is, and CUDA graphs.
+    """
+    device, compiler, sizes = "cuda", "inductor", gpu_sizes()
+    if quick:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        compiler, sizes, repeats = "eager", [LayerSize(64, 4, 32, 64, tight=True)], 1
+    elif not torch.cuda.is_available():
+        raise click.ClickException(
+            "there is no NVIDIA GPU that this PyTorch can use; --quick tries it on the CPU"
+        )
+    machine = _begin(None, memory and device == "cuda")
+    contenders = gpu_contenders(compiler)
+    missing = explain_missing(contenders, DTYPES[0], device)
+    if missing:
+        click.echo(format_missing(missing))
+    contenders = {name: make for name, make in contenders.items() if name not in missing}
     click.echo(format_header())
     results = []
-    for result in run_layer_bench(
-        sizes,
-        modes=tuple(m for m in MODES if mode in ("both", m)),
-        repeats=repeats,
-        dtype=getattr(torch, dtype),
-        memory=memory,
-    ):
+    for size, dtype, mode in product(sizes, DTYPES, MODES):
+        try:
+            (result,) = run_layer_bench(
+                [size],
+                contenders=contenders,
+                modes=(mode,),
+                repeats=repeats,
+                dtype=dtype,
+                device=device,
+                memory=memory and device == "cuda",
+                seconds_each=10.0,
+            )
+        except torch.OutOfMemoryError:
+            click.echo(
+                f"{mode} {dtype} E={size.experts} D={size.d_model}: too large for the memory of this GPU"
+            )
+            torch.cuda.empty_cache()
+            continue
         click.echo(format_row(result))
         results.append(result)
-        if output is not None:
-            write_json(output, machine, results)
     click.echo(format_summary(results))
+    checks = [check for dtype in DTYPES for check in run_checks(sizes[0], dtype, device, compiler)]
+    for check in checks:
+        click.echo(f"{check.dtype:9} {check.backend:7} {check.promise:28} {check.outcome}")
+    if json_path is not None:
+        write_json(
+            json_path,
+            machine,
+            results=[layer_result_to_dict(result) for result in results],
+            checks=[check._asdict() for check in checks],
+        )
+    if plot_path is not None and results:
+        write_plot(plot_path, layer_svg(results, machine))
 
 
 @bench.command()
@@ -124,24 +222,17 @@ def layer(
     "--sentences", type=click.IntRange(1), default=64, show_default=True, help="Sentences to translate."
 )
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
-@click.option(
-    "--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed calls of each contender."
-)
-@click.option(
-    "--threads", type=click.IntRange(1), default=None, help="CPU threads; by default PyTorch's choice."
-)
+@repeats_option(5)
+@threads_option
 @click.option(
     "--processes",
     type=click.IntRange(1),
     default=None,
     help="moe_edu's training processes, as in moe-edu train.",
 )
-@click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Write JSON here."
-)
-@click.option(
-    "--quick", is_flag=True, help="A tiny model, one repeat: shows that it works, measures nothing."
-)
+@json_option
+@plot_option
+@quick_option
 def model(
     batches: int,
     sentences: int,
@@ -149,7 +240,8 @@ def model(
     repeats: int,
     threads: int | None,
     processes: int | None,
-    output: Path | None,
+    json_path: Path | None,
+    plot_path: Path | None,
     quick: bool,
 ) -> None:
     """Compare training and generation of the small translator with the same model in transformers.
@@ -162,13 +254,47 @@ def model(
     advice = reference_is_here()
     if advice is not None:
         raise click.ClickException(advice)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    machine = this_machine()
-    click.echo(format_machine(machine))
+    machine = _begin(threads, False)
     result = run_model_bench(
         batches=batches, sentences=sentences, beams=beams, repeats=repeats, processes=processes, quick=quick
     )
     click.echo(format_model_result(result))
-    if output is not None:
-        write_model_json(output, machine, result)
+    if json_path is not None:
+        write_model_json(json_path, machine, result)
+    if plot_path is not None:
+        write_plot(plot_path, model_svg(result, machine))
+
+
+def _begin(threads: int | None, memory: bool) -> Machine:
+    """Set the threads, and say what machine this is and what cannot be measured on it."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    machine = this_machine()
+    click.echo(format_machine(machine))
+    if memory and not can_measure_memory():
+        click.echo("without peak memory: it can be measured on Linux only")
+    return machine
+
+
+def _measure(
+    sizes: Iterable[LayerSize],
+    mode: str,
+    dtype: str,
+    contenders: Mapping[str, Factory],
+    repeats: int,
+    memory: bool,
+    machine: Machine,
+    json_path: Path | None,
+) -> list[LayerResult]:
+    """Print each result, and write all so far, as soon as it is there: large sizes take minutes."""
+    modes: tuple[Mode, ...] = tuple(m for m in MODES if mode in ("both", m))
+    click.echo(format_header())
+    results = []
+    for result in run_layer_bench(
+        sizes, contenders=contenders, modes=modes, repeats=repeats, dtype=getattr(torch, dtype), memory=memory
+    ):
+        click.echo(format_row(result))
+        results.append(result)
+        if json_path is not None:
+            write_json(json_path, machine, results=[layer_result_to_dict(one) for one in results])
+    return results

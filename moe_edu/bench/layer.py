@@ -1,8 +1,8 @@
-"""The sparse layer against the reference and against the machine's limits."""
+"""The sparse layer against other libraries' and against the machine's limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -10,27 +10,30 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moe_edu.bench.contenders import (
-    Contender,
-    LayerSize,
-    dense_layer,
-    our_layer,
-    reference_is_here,
-    reference_layer,
-)
+from moe_edu.bench.contenders import Contender, LayerSize, dense_layer, our_layer
 from moe_edu.bench.exact import exact_step, forward_error, gradient_error
-from moe_edu.bench.memory import can_measure_memory, in_fresh_process, peak_extra_mb
-from moe_edu.bench.timing import Timing, time_in_turn
+from moe_edu.bench.libraries import REFERENCE, reference_layer, st_moe, transformers_experts
+from moe_edu.bench.memory import can_measure_memory, cuda_peak_extra_mb, in_fresh_process, peak_extra_mb
+from moe_edu.bench.timing import Timing, cuda_ms, time_in_turn, wall_ms
 from moe_edu.layers import SparseMLP
 
 Mode = Literal["inference", "training"]
 MODES: tuple[Mode, ...] = ("inference", "training")
 
-OURS, REFERENCE = "moe_edu", "transformers"
+Factory = Callable[[SparseMLP], Contender]
+
+OURS = "moe_edu"
+LIBRARIES: Mapping[str, Factory] = {
+    REFERENCE: reference_layer,
+    "transformers 5, eager": partial(transformers_experts, "eager"),
+    "transformers 5, grouped": partial(transformers_experts, "grouped_mm"),
+    "st-moe-pytorch": st_moe,
+}
 
 # Largest relative deviation from the float64 loop. That of gradients leaves room for ReLU's kink.
 TOLERANCE: dict[torch.dtype, dict[Mode, float]] = {
     torch.float32: {"inference": 1e-5, "training": 1e-2},
+    torch.float16: {"inference": 5e-3, "training": 5e-2},
     torch.bfloat16: {"inference": 2e-2, "training": 1e-1},
 }
 
@@ -52,7 +55,9 @@ class LayerResult:
     """One size in one mode.
 
     Attributes:
-        ours, reference: what was measured; `reference` is None where it is not installed or not comparable.
+        ours: what was measured of the sparse layer of this package.
+        others: the same of the contenders beside it, by name.
+        left_out: why a contender was not measured, by name.
         dense: the dense feed-forward network over as many rows as the experts were given.
         copy_gb_s: the machine's copy bandwidth, bytes read plus bytes written, measured in the same rounds.
         weight_mb: weights of the experts that were given rows.
@@ -61,8 +66,10 @@ class LayerResult:
 
     size: LayerSize
     mode: Mode
+    dtype: str
     ours: Measured
-    reference: Measured | None
+    others: Mapping[str, Measured]
+    left_out: Mapping[str, str]
     dense: Timing
     copy_gb_s: float
     weight_mb: float
@@ -84,145 +91,191 @@ class LayerResult:
         return self.roofline_ms / self.ours.timing.median_ms
 
     @property
-    def speedup(self) -> float | None:
-        """How many times the reference's speed."""
-        if self.reference is None:
-            return None
-        return self.reference.timing.median_ms / self.ours.timing.median_ms
+    def of_dense(self) -> float:
+        """The share of the dense network's speed that is reached."""
+        return self.dense.median_ms / self.ours.timing.median_ms
 
     @property
-    def memory_ratio(self) -> float | None:
-        """Our peak extra memory over the reference's, in training without the gradients that both must hold."""
-        if self.reference is None or self.reference.peak_mb is None or self.ours.peak_mb is None:
+    def extra_mb(self) -> float | None:
+        """Our peak extra memory without the gradients of the parameters; None where it was not measured."""
+        return None if self.ours.peak_mb is None else self.ours.peak_mb - self.gradient_mb
+
+    def speedup(self, name: str) -> float:
+        """How many times the speed of another contender."""
+        return self.others[name].timing.median_ms / self.ours.timing.median_ms
+
+    def memory_ratio(self, name: str) -> float | None:
+        """Our peak extra memory over another's, in training without the gradients that both must hold."""
+        other = self.others[name].peak_mb
+        if self.extra_mb is None or other is None or other <= self.gradient_mb:
             return None
-        return (self.ours.peak_mb - self.gradient_mb) / (self.reference.peak_mb - self.gradient_mb)
+        return self.extra_mb / (other - self.gradient_mb)
 
 
 def run_layer_bench(
     sizes: Iterable[LayerSize],
     *,
+    contenders: Mapping[str, Factory] = LIBRARIES,
     modes: tuple[Mode, ...] = MODES,
     repeats: int = 7,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     memory: bool = True,
     seconds_each: float = 30.0,
     seed: int = 0,
 ) -> Iterator[LayerResult]:
-    """Measure each size in each mode on the CPU, one result as soon as it is there.
+    """Measure our layer and the contenders beside it, each size in each mode, one result as soon as it is there.
 
-    Every contender gets the same weights, tokens and routing, and is checked against a float64 loop before it is timed:
-    the output, and in training the gradients of the tokens, of the router and of the first expert. Contenders run in
-    turn; one that has used `seconds_each` sits out the remaining rounds. Peak memory is measured in fresh processes, so
-    a script that calls this needs the guard `if __name__ == "__main__":`.
+    All get the same weights, tokens and routing, and are checked against a float64 loop before they are timed: the
+    output, and in training the gradients of the tokens, of the router and of the first expert. They run in turn; one
+    that has used `seconds_each` sits out the remaining rounds. A contender that is not installed, fails or is wrong is
+    left out. On the CPU peak memory is measured in fresh processes, so a script that calls this needs the guard
+    `if __name__ == "__main__":`.
 
     Raises:
-        ArithmeticError: a contender's result is wrong.
-        KeyError: `dtype` is neither float32 nor bfloat16.
+        ArithmeticError: our own result is wrong.
+        KeyError: there is no tolerance for `dtype`.
     """
     for size in sizes:
         for mode in modes:
-            yield _run_one(size, mode, repeats, dtype, memory and can_measure_memory(), seconds_each, seed)
+            case = Case(size, mode, dtype, torch.device(device), seed)
+            yield _measure(case, contenders, repeats, memory, seconds_each)
 
 
-def _run_one(
-    size: LayerSize,
-    mode: Mode,
-    repeats: int,
-    dtype: torch.dtype,
-    memory: bool,
-    seconds_each: float,
-    seed: int,
-) -> LayerResult:
-    layer, hidden, upstream = _make_problem(size, mode, dtype, seed)
-    contenders = {name: _make_contender(name, layer) for name in _names(dtype)}
-    with torch.no_grad():
-        routing = layer.router(hidden)
-    errors = _check(contenders, mode, exact_step(layer, hidden, routing, upstream), hidden, upstream)
-
-    kept = int(routing.kept.sum())
-    touched = int(routing.expert_index[routing.kept].unique().numel())
-    calls = {
-        name: _call(contender.module, contender.forward, mode, hidden, upstream)
-        for name, contender in contenders.items()
-    }
-    dense = dense_layer(size, dtype)
-    rows = torch.randn(kept, size.d_model).to(dtype)
-    calls["dense"] = _call(dense, dense, mode, rows, torch.ones_like(rows))
-    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8)
-    calls["copy"] = partial(torch.empty_like(source).copy_, source)
-    calls["dense"]()
-    calls["copy"]()
-    timings = time_in_turn(calls, repeats, seconds_each)
-
-    peaks = {
-        name: in_fresh_process(measure_peak, size, mode, dtype, name, torch.get_num_threads(), seed)
-        if memory
-        else None
-        for name in contenders
-    }
-    measured = {name: Measured(timings[name], peaks[name], errors[name]) for name in contenders}
-    parameters_mb = sum(p.numel() * p.element_size() for p in layer.parameters()) / 1e6
-    expert_mb = sum(p[0].numel() * p.element_size() for p in layer.experts.parameters()) / 1e6
-    return LayerResult(
-        size=size,
-        mode=mode,
-        ours=measured[OURS],
-        reference=measured.get(REFERENCE),
-        dense=timings["dense"],
-        copy_gb_s=2 * _COPY_BYTES / 1e6 / timings["copy"].median_ms,
-        weight_mb=touched * expert_mb,
-        gradient_mb=parameters_mb if mode == "training" else 0.0,
-    )
+def explain_missing(contenders: Mapping[str, Factory], dtype: torch.dtype, device: str) -> dict[str, str]:
+    """Why some contenders cannot be compared here, by name; found out with a tiny layer."""
+    layer, _, _ = make_problem(Case(LayerSize(8, 2, 128, 128), "inference", dtype, torch.device(device)))
+    return _make_all(contenders, layer)[1]
 
 
-def _check(
-    contenders: dict[str, Contender], mode: Mode, exact: list[Tensor], hidden: Tensor, upstream: Tensor
-) -> dict[str, float]:
-    """Each contender's deviation from the float64 loop. Warms it up, too."""
-    errors = {}
-    for name, contender in contenders.items():
-        if mode == "inference":
-            errors[name] = forward_error(contender, hidden, exact)
-        else:
-            errors[name] = gradient_error(contender, hidden, upstream, exact)
-        if not errors[name] <= TOLERANCE[hidden.dtype][mode]:
-            raise ArithmeticError(f"{name} deviates from the float64 loop by {errors[name]:.1e} in {mode}")
-    return errors
+@dataclass(frozen=True)
+class Case:
+    """What every contender is measured with."""
+
+    size: LayerSize
+    mode: Mode
+    dtype: torch.dtype
+    device: torch.device
+    seed: int = 0
 
 
-def measure_peak(
-    size: LayerSize, mode: Mode, dtype: torch.dtype, name: str, threads: int, seed: int
-) -> float:
-    """Peak extra memory of one call of the contender `name`, in MB; meant for a fresh process."""
-    torch.set_num_threads(threads)
-    layer, hidden, upstream = _make_problem(size, mode, dtype, seed)
-    contender = _make_contender(name, layer)
-    # A small call first: what the libraries load and keep is not the layer's. Its gradients are freed again.
-    _call(contender.module, contender.forward, mode, hidden[:, :2], upstream[:, :2])()
-    contender.module.zero_grad(set_to_none=True)
-    return peak_extra_mb(_call(contender.module, contender.forward, mode, hidden, upstream))
-
-
-def _make_problem(
-    size: LayerSize, mode: Mode, dtype: torch.dtype, seed: int
-) -> tuple[SparseMLP, Tensor, Tensor]:
+def make_problem(case: Case) -> tuple[SparseMLP, Tensor, Tensor]:
     """The layer, its `[1, T, D]` input, and the gradient of its output."""
+    size = case.size
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layer = SparseMLP(size.config()).to(dtype).train(mode == "training")
-        hidden, upstream = torch.randn(2, 1, size.tokens, size.d_model).to(dtype)
+        torch.manual_seed(case.seed)
+        layer = SparseMLP(size.config()).to(case.device, case.dtype).train(case.mode == "training")
+        hidden, upstream = torch.randn(2, 1, size.tokens, size.d_model).to(case.device, case.dtype)
     return layer, hidden, upstream
 
 
-def _names(dtype: torch.dtype) -> list[str]:
-    """The contenders that can be compared here."""
-    # In bf16 the reference rounds its probabilities before it compares them, and so routes otherwise.
-    comparable = dtype == torch.float32 and reference_is_here() is None
-    return [OURS, REFERENCE] if comparable else [OURS]
+def measure_peak(case: Case, make: Factory, threads: int) -> float:
+    """Peak extra memory of one call of a contender on the CPU, in MB; meant for a fresh process."""
+    torch.set_num_threads(threads)
+    layer, hidden, upstream = make_problem(case)
+    contender = make(layer)
+    # A small call first: what the libraries load and keep is not the layer's. Its gradients are freed again.
+    _call(contender.module, contender.forward, case.mode, hidden[:, :2], upstream[:, :2])()
+    contender.module.zero_grad(set_to_none=True)
+    return peak_extra_mb(_call(contender.module, contender.forward, case.mode, hidden, upstream))
 
 
-def _make_contender(name: str, layer: SparseMLP) -> Contender:
-    return our_layer(layer) if name == OURS else reference_layer(layer)
+def _measure(
+    case: Case, factories: Mapping[str, Factory], repeats: int, memory: bool, seconds_each: float
+) -> LayerResult:
+    layer, hidden, upstream = make_problem(case)
+    factories = {OURS: our_layer, **factories}
+    contenders, left_out = _make_all(factories, layer)
+    with torch.no_grad():
+        routing = layer.router(hidden)
+    errors, wrong = _check(
+        contenders, case.mode, exact_step(layer, hidden, routing, upstream), hidden, upstream
+    )
+    kept = int(routing.kept.sum())
+    touched = int(routing.expert_index[routing.kept].unique().numel())
+
+    calls = {
+        name: _call(contenders[name].module, contenders[name].forward, case.mode, hidden, upstream)
+        for name in errors
+    }
+    peaks = {
+        name: _peak(case, factories[name], contenders[name], calls[name]) if memory else None
+        for name in calls
+    }
+    dense = dense_layer(case.size).to(case.device, case.dtype)
+    rows = torch.randn(kept, case.size.d_model).to(case.device, case.dtype)
+    calls["dense"] = _call(dense, dense, case.mode, rows, torch.ones_like(rows))
+    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=case.device)
+    calls["copy"] = partial(torch.empty_like(source).copy_, source)
+    calls["dense"]()
+    calls["copy"]()
+    timings = time_in_turn(calls, repeats, seconds_each, cuda_ms if case.device.type == "cuda" else wall_ms)
+
+    measured = {name: Measured(timings[name], peaks[name], errors[name]) for name in errors}
+    parameters_mb = sum(p.numel() * p.element_size() for p in layer.parameters()) / 1e6
+    expert_mb = sum(p[0].numel() * p.element_size() for p in layer.experts.parameters()) / 1e6
+    return LayerResult(
+        size=case.size,
+        mode=case.mode,
+        dtype=str(case.dtype).removeprefix("torch."),
+        ours=measured.pop(OURS),
+        others=measured,
+        left_out=left_out | wrong,
+        dense=timings["dense"],
+        copy_gb_s=2 * _COPY_BYTES / 1e6 / timings["copy"].median_ms,
+        weight_mb=touched * expert_mb,
+        gradient_mb=parameters_mb if case.mode == "training" else 0.0,
+    )
+
+
+def _make_all(
+    factories: Mapping[str, Factory], layer: SparseMLP
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders that can be made here, and why the others cannot."""
+    contenders, left_out = {}, {}
+    for name, make in factories.items():
+        try:
+            contenders[name] = make(layer)
+        except Exception as error:  # whatever another library raises, the rest can be compared
+            if name == OURS:
+                raise
+            left_out[name] = _one_line(error)
+    return contenders, left_out
+
+
+def _check(
+    contenders: Mapping[str, Contender], mode: Mode, exact: list[Tensor], hidden: Tensor, upstream: Tensor
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Deviations from the float64 loop, and why some contenders have none. Warms them up, too."""
+    errors, wrong = {}, {}
+    for name, contender in contenders.items():
+        try:
+            if mode == "inference":
+                error = forward_error(contender, hidden, exact)
+            else:
+                error = gradient_error(contender, hidden, upstream, exact)
+            if not error <= TOLERANCE[hidden.dtype][mode]:
+                raise ArithmeticError(f"{name} deviates from the float64 loop by {error:.1e} in {mode}")
+            errors[name] = error
+        except Exception as failure:  # whatever another library raises, the rest can be compared
+            if name == OURS:
+                raise
+            wrong[name] = _one_line(failure)
+    return errors, wrong
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _peak(case: Case, make: Factory, contender: Contender, call: Callable[[], object]) -> float | None:
+    if case.device.type == "cuda":
+        contender.module.zero_grad(set_to_none=True)  # the call before left its gradients
+        return cuda_peak_extra_mb(call)
+    if not can_measure_memory():
+        return None
+    return in_fresh_process(measure_peak, case, make, torch.get_num_threads())
 
 
 def _call(

@@ -1,4 +1,4 @@
-"""Peak extra memory of one call, read from the system in a process of its own."""
+"""Peak extra memory of one call: on the CPU as the system tells a fresh process, on a GPU as PyTorch counts it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+
+import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +33,16 @@ def peak_extra_mb(call: Callable[[], object]) -> float:
     extra = _status_mb("VmHWM") - before
     del result
     return extra
+
+
+def cuda_peak_extra_mb(call: Callable[[], object]) -> float:
+    """How far PyTorch's memory on the GPU rises above its present level during `call`, in MB (10^6 bytes)."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def in_fresh_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -6,20 +6,21 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_edu.bench.layer import LayerResult
+from moe_edu.bench.layer import OURS, LayerResult
 from moe_edu.bench.timing import Timing
 
 _HEADER = (
-    f"{'mode':9} {'E':>4} {'T':>6} {'moe_edu ms':>22} {'transformers ms':>25} {'speedup':>8} {'dense ms':>9} "
-    f"{'roofline':>9} {'share':>6} {'MB':>7} {'ref MB':>7} {'error':>7}"
+    f"{'mode':9} {'dtype':8} {'E':>4} {'T':>6} {'D':>5}  {'contender':26} {'ms [fastest-slowest]':>24} {'speedup':>8} "
+    f"{'MB':>7} {'error':>7} {'dense ms':>9} {'of dense':>8} {'roofline':>9} {'share':>6}"
 )
+_INDENT = " " * 38
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Machine:
     torch: str
     python: str
     system: str
+    gpu: str | None = None
 
 
 def this_machine() -> Machine:
@@ -42,14 +44,21 @@ def this_machine() -> Machine:
         torch=torch.__version__,
         python=platform.python_version(),
         system=platform.platform(terse=True),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     )
 
 
 def format_machine(machine: Machine) -> str:
+    gpu = f"; {machine.gpu}" if machine.gpu else ""
     return (
-        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads; torch {machine.torch}, "
+        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads{gpu}; torch {machine.torch}, "
         f"Python {machine.python}, {machine.system}"
     )
+
+
+def format_missing(missing: Mapping[str, str]) -> str:
+    """One line for each contender that cannot be compared here."""
+    return "\n".join(f"without {name}: {reason}" for name, reason in missing.items())
 
 
 def format_header() -> str:
@@ -57,15 +66,20 @@ def format_header() -> str:
 
 
 def format_row(result: LayerResult) -> str:
-    """One line of the table: medians, with the fastest and slowest call in brackets."""
-    reference = result.reference
-    return (
-        f"{result.mode:9} {result.size.experts:4} {result.size.tokens:6} {_spread(result.ours.timing):>22} "
-        f"{_spread(reference.timing) if reference else '-':>25} {_number(result.speedup, '.2f', 'x'):>8} "
-        f"{result.dense.median_ms:9.1f} {result.roofline_ms:9.1f} {result.roofline_share:6.2f} "
-        f"{_number(result.ours.peak_mb, '.0f'):>7} {_number(reference.peak_mb if reference else None, '.0f'):>7} "
-        f"{result.ours.error:7.0e}"
-    )
+    """Our line of the table, then one for each contender beside it."""
+    ours, size = result.ours, result.size
+    lines = [
+        f"{result.mode:9} {result.dtype:8} {size.experts:4} {size.tokens:6} {size.d_model:5}  {OURS:26} "
+        f"{_spread(ours.timing):>24} {'':8} {_number(ours.peak_mb, '.0f'):>7} {ours.error:7.0e} "
+        f"{result.dense.median_ms:9.1f} {result.of_dense:8.2f} {result.roofline_ms:9.1f} {result.roofline_share:6.2f}"
+    ]
+    for name, other in result.others.items():
+        lines.append(
+            f"{_INDENT}{name:26} {_spread(other.timing):>24} {result.speedup(name):7.2f}x "
+            f"{_number(other.peak_mb, '.0f'):>7} {other.error:7.0e}"
+        )
+    lines += [f"{_INDENT}{name:26} left out: {reason}" for name, reason in result.left_out.items()]
+    return "\n".join(lines)
 
 
 def format_summary(results: Sequence[LayerResult]) -> str:
@@ -73,43 +87,53 @@ def format_summary(results: Sequence[LayerResult]) -> str:
     if not results:
         return "nothing was measured"
     lines = [
-        "Medians [fastest-slowest], every contender in turn. Share: roofline / moe_edu. Roofline: the larger of the",
-        "dense network over as many rows, and moving each touched weight at the copy bandwidth measured here (read",
-        "once in inference; read twice and its gradient written once in training). MB: peak resident memory above",
-        "the level before the call, in a fresh process; in training it includes the gradients.",
+        "Medians, every contender in turn. Speedup: its time over ours. Dense: the dense network over as many rows; of",
+        "dense: dense / moe_edu. Roofline: the larger of dense and moving each touched weight at the copy bandwidth",
+        "measured here (read once in inference; read twice and its gradient written once in training). Share: roofline",
+        "/ moe_edu. MB: peak memory above the level before the call; in training it includes the gradients.",
     ]
     for mode in dict.fromkeys(result.mode for result in results):
         of_mode = [result for result in results if result.mode == mode]
-        shares = [result.roofline_share for result in of_mode]
-        lines.append(
-            f"{mode}: share of the roofline {statistics.median(shares):.2f} in the median, {min(shares):.2f} at least"
-        )
-        speedups = [result.speedup for result in of_mode if result.speedup is not None]
-        ratios = [result.memory_ratio for result in of_mode if result.memory_ratio is not None]
-        if speedups:
-            lines[-1] += f"; {min(speedups):.2f} to {max(speedups):.2f} times the reference's speed"
-        if ratios:
-            lines[-1] += f"; {min(ratios):.3f} to {max(ratios):.3f} of its memory (without gradients)"
+        for title, values in (
+            ("share of the roofline", [result.roofline_share for result in of_mode]),
+            ("of the dense network's speed", [result.of_dense for result in of_mode]),
+        ):
+            lines.append(
+                f"{mode}: {title} {statistics.median(values):.2f} in the median, {min(values):.2f} at least"
+            )
+        for name in dict.fromkeys(name for result in of_mode for name in result.others):
+            beside = [result for result in of_mode if name in result.others]
+            speedups = [result.speedup(name) for result in beside]
+            line = f"{mode}: {min(speedups):.2f} to {max(speedups):.2f} times the speed of {name}"
+            ratios = [ratio for result in beside if (ratio := result.memory_ratio(name)) is not None]
+            if ratios:
+                line += f", {min(ratios):.3f} to {max(ratios):.3f} of its memory (without gradients)"
+            lines.append(line)
     return "\n".join(lines)
 
 
-def write_json(path: Path, machine: Machine, results: Sequence[LayerResult]) -> None:
-    """Every number of the table, and those behind it."""
-    document = {"machine": asdict(machine), "results": [_to_dict(result) for result in results]}
+def write_json(path: Path, machine: Machine, **parts: Any) -> None:
+    """The machine, and the parts of a benchmark: every number of its table, and those behind it."""
+    document = {"machine": asdict(machine), **parts}
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _to_dict(result: LayerResult) -> dict[str, Any]:
-    derived = ("memory_limit_ms", "roofline_ms", "roofline_share", "speedup", "memory_ratio")
-    return asdict(result) | {name: getattr(result, name) for name in derived}
+def layer_result_to_dict(result: LayerResult) -> dict[str, Any]:
+    """The measurements, and what follows from them."""
+    derived = ("memory_limit_ms", "roofline_ms", "roofline_share", "of_dense")
+    beside = {
+        name: {"speedup": result.speedup(name), "memory_ratio": result.memory_ratio(name)}
+        for name in result.others
+    }
+    return asdict(result) | {name: getattr(result, name) for name in derived} | {"beside": beside}
 
 
 def _spread(timing: Timing) -> str:
-    return f"{timing.median_ms:.1f} [{timing.fastest_ms:.0f}-{timing.slowest_ms:.0f}]"
+    return f"{timing.median_ms:.1f} [{timing.fastest_ms:.1f}-{timing.slowest_ms:.1f}]"
 
 
-def _number(value: float | None, spec: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{spec}}{unit}"
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else f"{value:{spec}}"
 
 
 def _processor_name() -> str:

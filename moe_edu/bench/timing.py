@@ -1,4 +1,4 @@
-"""Wall-clock times of several functions, measured in turn, so that a busy moment hits them all."""
+"""Times of several functions, measured in turn, so that a busy moment hits them all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
+
+Clock = Callable[[Callable[[], object]], float]  # milliseconds of one call
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,28 @@ class Timing:
     repeats: int
 
 
+def wall_ms(function: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def cuda_ms(function: Callable[[], object]) -> float:
+    """From the first to the last kernel of one call, on the GPU's own clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
 def time_in_turn(
-    functions: Mapping[str, Callable[[], object]], repeats: int, seconds_each: float = 30.0
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    seconds_each: float = 30.0,
+    clock: Clock = wall_ms,
 ) -> dict[str, Timing]:
     """Call the functions in turn, A B A B ..., and time each call.
 
@@ -30,9 +54,7 @@ def time_in_turn(
     for _ in range(repeats):
         for name, function in functions.items():
             if sum(milliseconds[name]) < seconds_each * 1e3:
-                start = time.perf_counter()
-                function()
-                milliseconds[name].append((time.perf_counter() - start) * 1e3)
+                milliseconds[name].append(clock(function))
     return {
         name: Timing(statistics.median(times), min(times), max(times), len(times))
         for name, times in milliseconds.items()
