@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from moe_edu.bench import LayerSize, bench, run_layer_bench
+from moe_edu.bench import explorers as explorers_bench
 from moe_edu.bench import layer as layer_bench
 from moe_edu.bench import model as model_bench
 from moe_edu.bench.contenders import our_layer, with_backend
@@ -396,6 +397,18 @@ class TestCommand:
         result = CliRunner().invoke(bench, ["curve", "--quick", "--plot", "curve.png"])
         assert result.exit_code == 2
         assert "end its name in .svg" in result.output
+
+    def test_draws_what_the_explorers_command_measured(self, monkeypatch, tmp_path):
+        def measure(presses, only, python, output):
+            assert (presses, only, python) == (8, ("budget",), False)
+            output.write_text(json.dumps([Redraw("budget", "page", 1.0, 2.0, 8)._asdict()]), "utf-8")
+
+        monkeypatch.setattr(explorers_bench.explorers, "callback", measure)
+        plot = tmp_path / "explorers.svg"
+        options = ["explorers", "--presses", "8", "--only", "budget", "--no-python", "--plot", str(plot)]
+        result = CliRunner().invoke(bench, options)
+        assert result.exit_code == 0, result.output
+        assert "budget, page: 1<" in plot.read_text("utf-8")
 
     def test_gpu_refuses_in_one_line_where_there_is_none(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
