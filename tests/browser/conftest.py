@@ -75,10 +75,11 @@ def notebook_7(browser, tmp_path_factory):
 
 @dataclass(frozen=True)
 class Server:
-    """Where a Jupyter server answers, and the token that opens it."""
+    """Where a Jupyter server answers, the token that opens it, and the file of what its reader solved."""
 
     address: str
     token: str
+    progress: Path
 
     def end_kernels(self):
         for session in self._ask("GET", ""):
@@ -101,7 +102,11 @@ class Jupyter:
 
     @contextmanager
     def run(self, name):
-        """The notebook `name`, run to its end or its first error; afterwards page and kernel are ended."""
+        """The notebook `name`, run to its end or its first error by a reader who has solved nothing yet.
+
+        Afterwards its page and its kernel are ended.
+        """
+        self.server.progress.unlink(missing_ok=True)
         page = self.context.new_page()
         page.set_default_timeout(PATIENCE_MS)
         notebook = RunNotebook(page)
@@ -228,7 +233,7 @@ def serve(module, settings, home):
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(f"{address}/api", process, log)
-        yield Server(address, token)
+        yield Server(address, token, home / places["MOE_EDU_PROGRESS"])
     finally:
         process.terminate()
         process.wait()
