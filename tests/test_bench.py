@@ -1,5 +1,6 @@
 """The benchmark runs and measures what it says. No test looks at how long anything took."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -399,14 +400,15 @@ class TestCommand:
         assert "end its name in .svg" in result.output
 
     def test_draws_what_the_explorers_command_measured(self, monkeypatch, tmp_path):
-        def measure(presses, only, python, output):
-            assert (presses, only, python) == (8, ("budget",), False)
-            output.write_text(json.dumps([Redraw("budget", "page", 1.0, 2.0, 8)._asdict()]), "utf-8")
+        def measure(browser, names, presses):
+            yield from (Redraw(name, "page", 1.0, 2.0, presses) for name in names)
 
-        monkeypatch.setattr(explorers_bench.explorers, "callback", measure)
+        monkeypatch.setattr(explorers_bench, "open_browser", contextlib.nullcontext)
+        monkeypatch.setattr(explorers_bench, "measure_in_page", measure)
         plot = tmp_path / "explorers.svg"
-        options = ["explorers", "--presses", "8", "--only", "budget", "--no-python", "--plot", str(plot)]
-        result = CliRunner().invoke(bench, options)
+        result = CliRunner().invoke(
+            bench, ["explorers", "--only", "budget", "--no-python", "--plot", str(plot)]
+        )
         assert result.exit_code == 0, result.output
         assert "budget, page: 1<" in plot.read_text("utf-8")
 
