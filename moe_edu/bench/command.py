@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import click
 import torch
 
 from moe_edu.bench.contenders import LayerSize
 from moe_edu.bench.curve import curve_sizes, format_curve, make_curves
-from moe_edu.bench.explorers import Redraw, explorers
+from moe_edu.bench.explorers import explorers
 from moe_edu.bench.gpu import DTYPES, gpu_contenders, gpu_sizes, run_checks
 from moe_edu.bench.layer import LIBRARIES, MODES, Factory, LayerResult, Mode, explain_missing, run_layer_bench
 from moe_edu.bench.libraries import reference_is_here
@@ -32,7 +29,7 @@ from moe_edu.bench.options import (
     repeats_option,
     threads_option,
 )
-from moe_edu.bench.pictures import curve_svg, explorers_svg, layer_svg, model_svg
+from moe_edu.bench.pictures import curve_svg, layer_svg, model_svg
 from moe_edu.bench.plot import write_plot
 from moe_edu.bench.report import (
     Machine,
@@ -52,19 +49,7 @@ def bench() -> None:
     """Measure speed and memory side by side."""
 
 
-@bench.command("explorers", params=list(explorers.params), help=explorers.help)
-@plot_option
-@click.pass_context
-def draw_explorers(
-    context: click.Context, plot_path: Path | None, output: Path | None, **options: Any
-) -> None:
-    """The command of `explorers.py`, and a picture of what it measured."""
-    with TemporaryDirectory() as folder:
-        path = output or Path(folder) / "redraws.json"
-        context.invoke(explorers, output=path, **options)
-        redraws = [Redraw(**fields) for fields in json.loads(path.read_text("utf-8"))]
-    if plot_path is not None:
-        write_plot(plot_path, explorers_svg(redraws, this_machine()))
+bench.add_command(explorers)
 
 
 @bench.command()

@@ -18,6 +18,10 @@ from typing import Any, NamedTuple
 import click
 
 from moe_edu.bench.lab import Lab, explain_missing_lab, open_lab
+from moe_edu.bench.options import json_option, plot_option
+from moe_edu.bench.pictures import explorers_svg
+from moe_edu.bench.plot import write_plot
+from moe_edu.bench.report import this_machine
 from moe_edu.browser import open_browser
 
 BOX = "translate_box"  # measured beside the explorers: what the lessons compute in Python while the reader types
@@ -126,10 +130,11 @@ def _summary(name: str, way: str, page: Any) -> Redraw:
     "--only", multiple=True, help=f"Measure only this explorer, or {BOX}; may be given several times."
 )
 @click.option("--python/--no-python", default=True, show_default=True, help="Also measure through Python.")
-@click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Write JSON here."
-)
-def explorers(presses: int, only: tuple[str, ...], python: bool, output: Path | None) -> None:
+@json_option
+@plot_option
+def explorers(
+    presses: int, only: tuple[str, ...], python: bool, json_path: Path | None, plot_path: Path | None
+) -> None:
     """Time each explorer in the system's Chromium, from key press to redraw.
 
     First as it computes in the page; then linked with Python in a JupyterLab of its own, with the box to translate in.
@@ -161,6 +166,8 @@ def explorers(presses: int, only: tuple[str, ...], python: bool, output: Path | 
                 results.append(result)
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
-    if output is not None:
+    if json_path is not None:
         text = json.dumps([result._asdict() for result in results], indent=2)
-        output.write_text(text + "\n", encoding="utf-8")
+        json_path.write_text(text + "\n", encoding="utf-8")
+    if plot_path is not None:
+        write_plot(plot_path, explorers_svg(results, this_machine()))

@@ -20,7 +20,7 @@ def bench(*options):
 
 def measured(tmp_path, *options):
     output = tmp_path / "times.json"
-    done = bench("--output", str(output), *options)
+    done = bench("--json", str(output), *options)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text("utf-8"))
     assert all(0 < result["median_ms"] <= result["slowest_ms"] for result in results)
