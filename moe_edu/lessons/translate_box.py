@@ -43,7 +43,7 @@ def translate_box(
         style=style,
     )
     target = widgets.Dropdown(options=_options(targets), description="To", layout=wide, style=style)
-    capacity = widgets.SelectionSlider(
+    capacity = widgets.Dropdown(  # the handle of a SelectionSlider has no name for a screen reader
         options=[("no limit" if math.isinf(f) else f"{f:g}", f) for f in CAPACITY_FACTORS],
         value=NO_LIMIT,
         description="Capacity factor",
