@@ -278,6 +278,7 @@ def dots_figure(runs: Mapping[str, Sequence[float]], x_title: str) -> go.Figure:
         text=[f"{mean:.2f}" for mean in means.values()],
         textposition="top right",
         textfont_size=11,
+        cliponaxis=False,
         hoverinfo="skip",
     )
     _set_layout(fig, height=84 + 34 * len(runs), margin={"l": 8, "r": 24, "t": 16, "b": 44})
