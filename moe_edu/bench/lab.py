@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 
 from moe_edu.server import lab_command
+from moe_edu.server.isolated import serve_apart
 
 _PATIENCE_MS = 120_000  # a busy machine takes long to start a server and a kernel
-# So that neither the user's settings nor their running servers are touched.
-_PLACES = {
-    "JUPYTERLAB_SETTINGS_DIR": "settings",
-    "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-    "JUPYTER_CONFIG_DIR": "config",
-    "JUPYTER_DATA_DIR": "data",
-    "JUPYTER_RUNTIME_DIR": "runtime",
-    "IPYTHONDIR": "ipython",
-}
 _KERNEL = {"name": "python3", "display_name": "Python 3"}  # without it JupyterLab asks which
 _IS_IDLE = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 _RUN = "() => window.jupyterapp.commands.execute('notebook:run-all-cells')"
@@ -75,44 +62,13 @@ def open_lab(browser: Any) -> Iterator[Lab]:
     Raises:
         RuntimeError: the server did not start; with what it printed.
     """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home, socket.socket() as free:
+    quiet = ("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         folder = Path(home) / "notebooks"
         folder.mkdir()
-        free.bind(("127.0.0.1", 0))
-        port, token = free.getsockname()[1], secrets.token_hex(16)
-        free.close()
-        command = [
-            *lab_command(),
-            "--no-browser",
-            "--allow-root",
-            "--expose-app-in-browser",
-        ]
-        command += [f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
-        command += [f"--IdentityProvider.token={token}"]
-        command += [
-            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-            "--LabApp.news_url=None",
-        ]
-        environ = os.environ | {name: str(Path(home) / place) for name, place in _PLACES.items()}
-        log = Path(home) / "log"
-        with log.open("w") as output:
-            server = subprocess.Popen(command, env=environ, stdout=output, stderr=subprocess.STDOUT)
         context = browser.new_context(viewport={"width": 1280, "height": 900})
-        address = f"http://127.0.0.1:{port}"
         try:
-            _wait_for(f"{address}/api", server, log)
-            yield Lab(address, token, folder, context)
+            with serve_apart([*lab_command(), *quiet], Path(home), folder) as server:
+                yield Lab(server.address, server.token, folder, context)
         finally:
             context.close()
-            server.terminate()
-            server.wait()
-
-
-def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    while server.poll() is None:
-        try:
-            urlopen(address).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text('utf-8')}")

@@ -6,12 +6,8 @@ Without a browser they are skipped, except on CI, where it has to be there.
 import json
 import os
 import re
-import secrets
 import shutil
-import socket
-import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +19,7 @@ import pytest
 from playwright.sync_api import expect
 
 from moe_edu.browser import find_browser, open_browser
+from moe_edu.server.isolated import serve_apart
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PATIENCE_MS = 120_000  # for a machine that others use, too
@@ -209,34 +206,10 @@ def serve(module, settings, home):
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(values), encoding="utf-8")
-    places = {
-        "JUPYTERLAB_SETTINGS_DIR": "settings",
-        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-        "JUPYTER_CONFIG_DIR": "config",
-        "JUPYTER_DATA_DIR": "data",
-        "JUPYTER_RUNTIME_DIR": "runtime",
-        "IPYTHONDIR": "ipython",
-        "MOE_EDU_PROGRESS": "progress.json",
-    }
-    environment = {**os.environ, **{name: str(home / place) for name, place in places.items()}}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token = secrets.token_hex(16)
-    # The page's own commands run the cells and change the theme.
-    command = [sys.executable, "-m", module, "--no-browser", "--allow-root", "--expose-app-in-browser"]
-    command += [f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
-    command += [f"--IdentityProvider.token={token}"]
-    log = home / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(f"{address}/api", process, log)
-        yield Server(address, token, home / places["MOE_EDU_PROGRESS"])
-    finally:
-        process.terminate()
-        process.wait()
+    progress = home / "progress.json"
+    command = [sys.executable, "-m", module]
+    with serve_apart(command, home, folder, {"MOE_EDU_PROGRESS": str(progress)}) as served:
+        yield Server(*served, progress)
 
 
 def copy_notebooks(folder):
@@ -250,13 +223,3 @@ def copy_notebooks(folder):
             if path.name.startswith(TRAINING) and "parameters" in cell.metadata.get("tags", []):
                 cell.source += SHORT
         nbformat.write(notebook, folder / path.name)
-
-
-def wait_for(address, process, log):
-    while process.poll() is None:
-        try:
-            urlopen(address).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(f"the server ended:\n{log.read_text('utf-8')}")
