@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from moe_edu.config import MoEConfig
 from moe_edu.data.dictionary import Dictionary, Entry, load_dictionary
 from moe_edu.data.splits import SPLITS
+from moe_edu.experiments.sweep import count_parameters
 from moe_edu.losses import load_balancing_loss, router_z_loss
 from moe_edu.model import MoEEncoder
 from moe_edu.routing import RouterOutput, count_per_expert
@@ -190,7 +191,7 @@ def examine(trained: TrainedModel) -> dict[str, Any]:
     model, settings, dictionary, spelling, curve, seconds = trained
     names = {split: spelling.encode(dictionary.split(split)) for split in SPLITS}
     right = {split: named_right(model, names[split]) for split in SPLITS}
-    total, active = count_parameters(model, settings)
+    total, active = count_parameters(model, settings.experts)
     return {
         "settings": asdict(settings),
         "parameters": total,
@@ -274,14 +275,6 @@ def new_spellings(dictionary: Dictionary) -> Tensor:
     """`[N]` bool over the test names: no training name of the same concept is spelled so in any language."""
     known = {(entry.concept, entry.name.casefold()) for entry in dictionary.train}
     return torch.tensor([(entry.concept, entry.name.casefold()) not in known for entry in dictionary.test])
-
-
-def count_parameters(model: ConceptClassifier, settings: DictionarySettings) -> tuple[int, int]:
-    """(all, active): active leaves out the experts that a character does not choose."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    idle = max(settings.experts - 2, 0) / settings.experts
-    return total, total - round(experts * idle)
 
 
 @torch.inference_mode()

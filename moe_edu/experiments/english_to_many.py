@@ -16,8 +16,7 @@ from typing import Any
 
 from moe_edu.data import Corpus, load_corpus
 from moe_edu.evaluation import evaluate, sample_examples
-from moe_edu.experiments.sweep import Plan, Sweep, make_command
-from moe_edu.model import MoETranslator
+from moe_edu.experiments.sweep import Plan, Sweep, count_parameters, make_command
 from moe_edu.settings import TrainingSettings
 from moe_edu.training import train
 
@@ -114,13 +113,6 @@ def run(
         "test_chrf_by_language": {code: score.chrf for code, score in test.by_target_language.items()},
         "cpu_seconds": seconds,
     }
-
-
-def count_parameters(model: MoETranslator, experts: int) -> tuple[int, int]:
-    """(all, active): active leaves out the experts that a token does not choose."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    return total, total - in_experts * max(experts - 2, 0) // experts
 
 
 BASE = EnglishToManySettings()

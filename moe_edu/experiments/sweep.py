@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 import moe_edu
@@ -189,6 +190,13 @@ def missing_runs(
                     job = replace(settings, seed=seed, steps=steps or settings.steps)
                     missing.append((group, cell, job, path))
     return missing
+
+
+def count_parameters(model: nn.Module, experts: int) -> tuple[int, int]:
+    """(all, active): active leaves out the experts that a token does not choose."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    return total, total - in_experts * max(experts - 2, 0) // experts
 
 
 def versions() -> dict[str, str]:

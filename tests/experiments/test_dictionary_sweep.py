@@ -14,7 +14,6 @@ from moe_edu.experiments.dictionary import (
     ConceptClassifier,
     DictionarySettings,
     Spelling,
-    count_parameters,
     learning_rate_at,
     new_spellings,
     run,
@@ -22,7 +21,7 @@ from moe_edu.experiments.dictionary import (
     train_model,
 )
 from moe_edu.experiments.dictionary_sweep import PLAN, SWEEP
-from moe_edu.experiments.sweep import by_cell, load_results, make_command, summarize
+from moe_edu.experiments.sweep import by_cell, count_parameters, load_results, make_command, summarize
 
 QUICK = DictionarySettings(steps=50, warmup=10, batch=64, experts=4)
 
@@ -86,9 +85,9 @@ def test_active_work_is_equal_whatever_the_experts(small, experts):
     spelling = Spelling(small)
     settings = replace(QUICK, experts=experts)
     model = ConceptClassifier(settings, spelling.size, 40)
-    total, active = count_parameters(model, settings)
+    total, active = count_parameters(model, experts)
     dense = replace(QUICK, experts=1)
-    dense_total, _ = count_parameters(ConceptClassifier(dense, spelling.size, 40), dense)
+    dense_total, _ = count_parameters(ConceptClassifier(dense, spelling.size, 40), 1)
     assert total == sum(p.numel() for p in model.parameters())
     # Beside the dense twin's, a character passes a router of D * E weights and a second output bias of D.
     extra = 0 if experts == 1 else settings.layers * settings.d_model * (experts + 1)

@@ -9,12 +9,11 @@ from moe_edu.experiments.english_to_many import (
     SOURCE,
     SWEEP,
     EnglishToManySettings,
-    count_parameters,
     model_fields,
     run,
     training_settings,
 )
-from moe_edu.experiments.sweep import by_cell, load_results, summarize
+from moe_edu.experiments.sweep import by_cell, count_parameters, load_results, summarize
 from moe_edu.model import MoETranslator
 from moe_edu.settings import small_config
 
