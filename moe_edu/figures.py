@@ -7,6 +7,7 @@ Every piece of text that comes from data is escaped. A Plotly figure carries a s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from statistics import fmean
@@ -23,6 +24,10 @@ _FALLBACK_INK = "#767676"
 _FALLBACK_GRID = "rgba(128,128,128,0.25)"
 _MAX_TRANSLATION_CHARS = 80
 _MIN_LABELLED_SHARE = 0.06  # a thinner band has no room for its label
+# A number, perhaps with a sign, a margin or an end of its range, and a unit; or a dash or nothing in its place.
+_QUANTITY = re.compile(
+    r"([x~+−-]\s?)?\d+([.,]\d+)*(\s?(±|to)\s?\d+([.,]\d+)*)?(\s?(%|×|[A-Za-z]{1,5}))?|[-–−]?"
+)
 _LABEL_HEIGHT = 0.07  # of a line of text, as a share of a sweep's axis
 
 
@@ -288,9 +293,24 @@ def dots_figure(runs: Mapping[str, Sequence[float]], x_title: str) -> go.Figure:
 
 
 def table_html(header: Sequence[str], rows: Iterable[Sequence[str | int]], caption: str = "") -> str:
-    """A table; whole numbers are set to the right with thousands separated."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    """A table; columns of numbers are set to the right, whole numbers with thousands separated.
+
+    Raises:
+        ValueError: a row that has not one cell for each column of the header.
+    """
+    rows = list(rows)
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise ValueError(f"row {number} has {len(row)} cells under a header of {len(header)}: {row!r}")
+    classes = [
+        ' class="moe-num"' if all(map(_is_number, column)) else "" for column in zip(*rows, strict=True)
+    ]
+    classes = classes or [""] * len(header)
+    head = "".join(f"<th{c}>{escape(name)}</th>" for name, c in zip(header, classes, strict=True))
+    body = "".join(
+        f"<tr>{''.join(f'<td{c}>{_cell(value)}</td>' for value, c in zip(row, classes, strict=True))}</tr>"
+        for row in rows
+    )
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     table = f"{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="moe"><table class="moe-table">{table}</table></div>'
@@ -435,9 +455,12 @@ def _shortened(text: str) -> str:
 
 
 def _cell(value: str | int) -> str:
-    if isinstance(value, str):
-        return f"<td>{_isolated_html(value)}</td>"
-    return f'<td class="moe-num">{value:,}</td>'
+    return _isolated_html(value) if isinstance(value, str) else f"{value:,}"
+
+
+def _is_number(value: str | int) -> bool:
+    """Whether a cell holds one quantity: 7, "0.71 ± 0.02", "−3 %", "12 to 14 ms"; or nothing in its place."""
+    return isinstance(value, int) or _QUANTITY.fullmatch(value) is not None
 
 
 def _label_bands(fig: go.Figure, shares: Sequence[float]) -> None:

@@ -67,6 +67,7 @@ STYLE_SHEET = """
 .moe table.moe-table th { font-weight: 600; }
 .moe table.moe-table td:first-child { overflow-wrap: normal; }
 .moe table.moe-table .moe-num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.moe table.moe-table .moe-whole { max-width: none; }
 .moe table.moe-table .moe-right { font-weight: 600; }
 .moe .moe-chips { margin: 8px 0; }
 .moe .moe-token { font-family: var(--jp-code-font-family, monospace); font-size: 13px; white-space: pre; }

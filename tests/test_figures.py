@@ -125,13 +125,29 @@ def test_score_figure_ranks():
 class TestHtml:
     @given(ANY_TEXT, ANY_TEXT)
     def test_tables_show_text_as_text(self, header, cell):
-        page = Page(table_html([header], [(cell, 12345)], caption=cell))
+        page = Page(table_html([header, "n"], [(cell, 12345)], caption=cell))
         assert set(page.tags) == {"div", "table", "caption", "thead", "tr", "th", "tbody", "td", "bdi"} - (
             set() if cell else {"caption"}
         )
         assert header in page.text
         assert cell in page.text
         assert "12,345" in page.text
+
+    @pytest.mark.parametrize(
+        "column", [[7, 12345], ["0.71 ± 0.02", "−3"], ["49.9%", "-"], ["2 ms", ""], ["1.14 to 1.61", "67 MB"]]
+    )
+    def test_columns_of_numbers_are_set_to_the_right_with_their_header(self, column):
+        html = table_html(["name", "size"], [("a", value) for value in column])
+        assert '<th>name</th><th class="moe-num">size</th>' in html
+        assert html.count('<td class="moe-num">') == len(column)
+
+    @pytest.mark.parametrize("other", ["1 (dense)", "2, no balancing loss", "● 0", "1 then 8", "2 4 4", "None"])
+    def test_columns_with_words_are_not(self, other):
+        assert "moe-num" not in table_html(["size"], [(7,), (other,)])
+
+    def test_tables_need_a_header_for_every_column(self):
+        with pytest.raises(ValueError, match="row 1 has 2 cells under a header of 1"):
+            table_html(["name"], [("a", 7)])
 
     @given(st.lists(ANY_TEXT, min_size=1, max_size=4))
     def test_tokens_show_text_as_text(self, tokens):

@@ -26,7 +26,9 @@ from moe_edu.model import MoETranslator
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 GLOSSARY = nbformat.read(NOTEBOOKS / "glossary.ipynb", as_version=4)
-TEXT = "\n\n".join(cell.source for cell in GLOSSARY.cells)
+WRITTEN = "\n\n".join(cell.source for cell in GLOSSARY.cells)
+# The longest names are written in HTML, with a place at which they may be broken.
+TEXT = re.sub(r"<code>(\w+)<wbr>(\w+)</code>", r"`\1\2`", WRITTEN)
 COLUMNS = ("term", "what", "ours", "elsewhere", "lesson")
 
 

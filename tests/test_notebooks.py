@@ -88,6 +88,11 @@ class TestForm:
         assert max(lengths) <= 25
         assert statistics.median(lengths) <= 8
 
+    def test_code_is_narrow(self, path):
+        """A window of 1280 pixels has room for 106 columns; tests/browser measures it."""
+        lines = [line for cell in cells(path, "code") for line in cell.source.splitlines()]
+        assert [line for line in lines if len(line) > 106] == []
+
     def test_headings_go_down_one_level_at_a_time(self, path):
         text = "\n".join(cell.source for cell in cells(path, "markdown"))
         levels = [len(marks) for marks in re.findall(r"^(#+) ", text, flags=re.MULTILINE)]

@@ -196,7 +196,7 @@ _SIZE = Exercise(
 # ---- 01.4
 
 
-def sparse_feed_forward(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, int]:
+def sparse_ffn(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, int]:
     """hidden [T, D], expert_index [T], w1 [E, F, D], w2 [E, D, F] to (output [T, D], rows multiplied)."""
     output, rows = torch.zeros_like(hidden), 0
     for expert in range(len(w1)):
@@ -239,12 +239,12 @@ def _one_expert_for_all(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Te
 _SPARSE = Exercise(
     key="01.4",
     title="Real bug: every expert works for everybody",
-    task="The output is right, and all savings are gone. Mend `sparse_feed_forward`: an expert multiplies only the "
+    task="The output is right, and all savings are gone. Mend `sparse_ffn`: an expert multiplies only the "
     "words that chose it, and `rows` counts them.",
     difficulty="medium",
     importance="essential",
     minutes=8,
-    solution=sparse_feed_forward,
+    solution=sparse_ffn,
     starter=_every_expert_works,
     origin="kyegomez/SwitchTransformers, issue 17",
     draw=_draw_layer,

@@ -255,7 +255,7 @@ _SAMPLE_SECOND = Exercise(
 
 
 def give_up_unlikely(probs: Tensor, expert_index: Tensor, u: Tensor) -> Tensor:
-    """probs [T, E], expert_index [T, 2], u [T] uniform, to expert_index [T, 2] with -1 for a second choice given up."""
+    """probs [T, E], expert_index [T, 2], u [T] uniform to expert_index, -1 for a choice given up."""
     second = expert_index[:, 1]
     p2 = probs.gather(1, expert_index)[:, 1]
     return torch.stack([expert_index[:, 0], second.where(2 * p2 > u, -1)], dim=1)
@@ -321,7 +321,7 @@ _GIVE_UP = Exercise(
 
 
 def gate_gradient(logits: Tensor) -> Tensor:
-    """logits [T, E] to [T, E]: the derivative of each token's first gate by its logits, normalised top-2 gates."""
+    """logits [T, E] to [T, E]: gradient of each token's first gate, normalised over two choices."""
     best = logits.topk(2, dim=1)
     g1, g2 = best.values.softmax(dim=1).unbind(dim=1)
     slope = g1 * g2

@@ -12,7 +12,7 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 
 
 def training_capacity(num_tokens: int, num_experts: int, factor: float) -> int:
-    """Slots in each expert: the even share of the tokens, rounded up, times 2 choices and the factor, rounded up."""
+    """Slots in each expert: the even share, rounded up, times 2 choices and the factor, rounded up."""
     return math.ceil(factor * 2 * math.ceil(num_tokens / num_experts))
 
 
@@ -119,8 +119,8 @@ _SMALLEST = Exercise(
 
 
 def queue_positions(expert_index: Tensor, num_experts: int) -> Tensor:
-    """expert_index [T, 2] (-1 where there is no choice) to position [T, 2], from 0; -1 where there is no choice."""
-    one_hot = F.one_hot(expert_index + 1, num_experts + 1)[..., 1:]  # [T, 2, E]; no choice is a row of zeros
+    """expert_index [T, 2] to position [T, 2], from 0; -1 in both where there is no choice."""
+    one_hot = F.one_hot(expert_index + 1, num_experts + 1)[..., 1:]  # no choice is a row of zeros
     first, second = one_hot.unbind(dim=1)
     before_first = first.cumsum(0) - first
     before_second = first.sum(0) + second.cumsum(0) - second
@@ -273,7 +273,7 @@ _KEEP = Exercise(
 
 
 def first_places_by_priority(probs: Tensor) -> Tensor:
-    """probs [T, E] to [T]: each token's place in its first expert's queue, the surest token of all standing first."""
+    """probs [T, E] to [T]: each token's place in its first expert's queue, the surest token first."""
     first = F.one_hot(probs.argmax(dim=1), probs.shape[1])
     order = probs.amax(dim=1).argsort(descending=True, stable=True)
     queue = first[order]

@@ -138,7 +138,7 @@ _DISPATCH = Exercise(
 
 
 def combine(outputs: Tensor, order: Tensor, gates: Tensor) -> Tensor:
-    """outputs [R, D], order [R] (flat choices 2 * t + k), gates [T, 2] to [T, D]: what each token receives."""
+    """outputs [R, D], order [R] (choices 2 * t + k), gates [T, 2] to [T, D]: what each token receives."""
     weighted = outputs * gates.flatten()[order, None]
     return outputs.new_zeros(len(gates), outputs.shape[1]).index_add(0, order // 2, weighted)
 
@@ -280,12 +280,12 @@ _BYTES = Exercise(
 
 
 def kept_choices(gates: Tensor, position: Tensor, capacity: int) -> Tensor:
-    """gates [T, 2], position [T, 2] (-1: no choice) to bool [T, 2]: the choices that an expert computes."""
+    """gates [T, 2], position [T, 2] (-1: no choice) to bool [T, 2]: choices that an expert computes."""
     return (position >= 0) & (position < capacity)
 
 
 def _published_kept_choices(gates: Tensor, position: Tensor, capacity: int) -> Tensor:
-    """gates [T, 2], position [T, 2] (-1: no choice) to bool [T, 2]: the choices that an expert computes."""
+    """gates [T, 2], position [T, 2] (-1: no choice) to bool [T, 2]: choices that an expert computes."""
     return gates.bool()
 
 

@@ -172,7 +172,7 @@ _CONSTANT = Exercise(
 
 
 def smoothed_loss(log_probs: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """log_probs [T, V], targets [T] to [T]: cross-entropy with the soft target of T5X, its entropy not subtracted.
+    """log_probs [T, V], targets [T] to [T]: cross-entropy with T5X's soft target, no entropy subtracted.
 
     The soft target is 1 - smoothing on the target and smoothing / (V - 1) on each other class.
     """
@@ -228,7 +228,7 @@ _SMOOTHED = Exercise(
 
 
 def left_behind(kept: Tensor, padding: Tensor) -> Tensor:
-    """kept [T, 2] bool, padding [T] bool (True: padded) to a scalar: the share of real tokens that no expert took."""
+    """kept [T, 2] bool, padding [T] bool (True: padded) to the share of words that no expert took."""
     alone = ~kept.any(dim=1) & ~padding
     return alone.sum() / (~padding).sum()
 
@@ -287,7 +287,7 @@ _LEFT_BEHIND = Exercise(
 
 
 def router_confidence(probs: Tensor, expert_index: Tensor, kept: Tensor) -> Tensor:
-    """probs [T, E], expert_index and kept [T, 2] to a scalar: the mean probability of the kept choices."""
+    """probs [T, E], expert_index and kept [T, 2] to a scalar: the kept choices' mean probability."""
     return probs.gather(1, expert_index)[kept].mean()
 
 

@@ -237,13 +237,14 @@ _PRUNING = Exercise(
 )
 
 
-def chance_level(labels: Tensor, experts: Tensor, order: Tensor, num_labels: int, num_experts: int) -> Tensor:
+def chance(labels: Tensor, experts: Tensor, order: Tensor, num_labels: int, num_experts: int) -> Tensor:
     """labels, experts, order (a permutation), each [N], to a scalar: bits that are left by chance.
 
     Token i gets the label of token order[i], and keeps its expert.
     """
     cells = labels[order] * num_experts + experts
-    p = torch.bincount(cells, minlength=num_labels * num_experts).view(num_labels, num_experts) / len(labels)
+    counts = torch.bincount(cells, minlength=num_labels * num_experts)
+    p = counts.view(num_labels, num_experts) / len(labels)
     independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
     seen = p > 0
     return (p[seen] * (p[seen] / independent[seen]).log2()).sum()
@@ -259,7 +260,7 @@ def _draw_shuffle(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, i
 def _chance_of_pairs(
     labels: Tensor, experts: Tensor, order: Tensor, num_labels: int, num_experts: int
 ) -> Tensor:
-    return chance_level(labels[order], experts[order], torch.arange(len(order)), num_labels, num_experts)
+    return chance(labels[order], experts[order], torch.arange(len(order)), num_labels, num_experts)
 
 
 def _chance_is_zero(
@@ -271,12 +272,12 @@ def _chance_is_zero(
 _CHANCE = Exercise(
     key="08.5",
     title="What chance alone would show",
-    task="Write `chance_level`: the information that is left when token `i` is given the label of token `order[i]`. "
+    task="Write `chance`: the information that is left when token `i` is given the label of token `order[i]`. "
     "You may call your `mutual_information` and `load_matrix` inside.",
     difficulty="hard",
     importance="essential",
     minutes=8,
-    solution=chance_level,
+    solution=chance,
     draw=_draw_shuffle,
     mistakes=(
         Mistake(

@@ -15,7 +15,7 @@ def _integer(generator: torch.Generator, low: int, high: int) -> int:
 
 
 def active_parameters(total: int, of_one_expert: int, experts: int, layers: int) -> int:
-    """total: all parameters of a top-2 model with `layers` sparse layers. Returns those on one token's path."""
+    """total: all parameters of a top-2 model, `layers` of it sparse, to those on one token's path."""
     return total - layers * (experts - 2) * of_one_expert
 
 
@@ -111,7 +111,7 @@ _SPREAD = Exercise(
 
 
 def best_margin(dense: dict[float, float], sparse: dict[float, float]) -> float:
-    """Learning rate -> recall, for both. Returns by how much sparse wins where each has its own best rate."""
+    """Learning rate -> recall, for both. Returns by how much sparse wins, each at its own best rate."""
     return max(sparse.values()) - max(dense.values())
 
 
@@ -149,7 +149,7 @@ _MARGIN = Exercise(
 
 
 def slots_sent(tokens: int, experts: int, devices: int, factor: float) -> int:
-    """Tokens a device, E experts on G <= E devices. Returns the slots that a device sends away in one all-to-all."""
+    """Tokens a device, E experts on G <= E devices. Returns the slots a device sends away at once."""
     capacity = math.ceil(factor * 2 * math.ceil(tokens / experts))
     return (experts - experts // devices) * capacity
 

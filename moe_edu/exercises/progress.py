@@ -111,7 +111,7 @@ def progress_table() -> str:
     total = len(all_exercises())
     right = {key for key, entry in entries.items() if entry["right"]}
     rows = "".join(
-        f"<tr><td>{lesson}</td><td>{_dots(exercises, right)}</td></tr>"
+        f'<tr><td>{lesson}</td><td class="moe-whole">{_dots(exercises, right)}</td></tr>'
         for lesson in LESSONS
         if (exercises := [exercise.key for exercise in exercises_of(lesson)])
     )

@@ -27,6 +27,12 @@ THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 SCROLLED = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer"
 PATIENCE_MS = 60_000  # for one cell, on a machine that others use, too
 WRITTEN = [".jp-Notebook .jp-RenderedHTMLCommon", ".jp-Notebook .jp-OutputArea-output"]
+# What hides a part of itself at its right, or has to be scrolled sideways to be read.
+TOO_WIDE = """[...document.querySelectorAll(".jp-Notebook-cell *")]
+  .filter((node) => node.checkVisibility() && getComputedStyle(node).overflowX !== "visible")
+  .filter((node) => node.clientWidth > 1 && node.scrollWidth > node.clientWidth + 1)
+  .map((node) => `${node.className}: ${node.scrollWidth} of ${node.clientWidth} px: ${node.innerText.slice(0, 120)}`)
+"""
 
 pytestmark = pytest.mark.browser
 each_theme = pytest.mark.parametrize("theme", THEMES)
@@ -89,6 +95,11 @@ class TestAsDelivered:
             for number, picture in enumerate(slices(page), start=1):
                 (folder / f"{theme}-{width}-{number:02}.png").write_bytes(picture)
         assert notebook.complaints == []
+
+    def test_nothing_is_cut_at_a_laptops_width(self, notebook):
+        notebook.page.set_viewport_size({"width": min(WIDTHS), "height": SLICE})
+        settle(notebook.page)
+        assert notebook.page.evaluate(TOO_WIDE) == []
 
     @each_theme
     def test_axe_finds_no_barrier(self, notebook, theme):

@@ -9,7 +9,7 @@ from moe_edu.budget import active_parameters, expert_parameters
 from moe_edu.exercises.lesson_01 import (
     attend,
     layer_norm,
-    sparse_feed_forward,
+    sparse_ffn,
     sparse_layer_size,
     sparse_layers,
 )
@@ -40,12 +40,12 @@ def test_sparse_layer_size_is_that_of_a_layer(num_experts):
     assert used == active.experts + active.router == 2 * expert_parameters(8, 12) + 8 * num_experts
 
 
-def test_sparse_feed_forward_is_the_packages_with_one_choice():
+def test_sparse_ffn_is_the_packages_with_one_choice():
     layer = SparseMLP(config(num_experts=3, moe_token_dropout=0.0)).eval()
     hidden = torch.randn(1, 6, 8)
     _, routing = layer(hidden)
     w1, w2 = layer.experts.w1, layer.experts.w2
-    outputs = [sparse_feed_forward(hidden[0], routing.expert_index[:, k], w1, w2) for k in range(2)]
+    outputs = [sparse_ffn(hidden[0], routing.expert_index[:, k], w1, w2) for k in range(2)]
     mixed = sum(routing.combine_weights[:, k, None] * outputs[k][0] for k in range(2))
     torch.testing.assert_close(mixed, layer(hidden)[0][0])
     assert [rows for _, rows in outputs] == [6, 6]

@@ -46,7 +46,7 @@ def test_experts_to_keep(seed):
 
 
 @draws
-def test_chance_level(seed):
+def test_chance(seed):
     labels, experts, order, G, E = drawn("08.5", seed)
     expected = analysis.mutual_information(analysis.load_matrix(labels[order], experts, G, E))
-    assert float(lesson_08.chance_level(labels, experts, order, G, E)) == pytest.approx(expected, abs=1e-5)
+    assert float(lesson_08.chance(labels, experts, order, G, E)) == pytest.approx(expected, abs=1e-5)
