@@ -23,11 +23,14 @@ from moe_edu.theme import expert_style
 _FALLBACK_INK = "#767676"
 _FALLBACK_GRID = "rgba(128,128,128,0.25)"
 _MAX_TRANSLATION_CHARS = 80
-_MIN_LABELLED_SHARE = 0.06  # a thinner band has no room for its label
+# A thinner band has no room for its label.
+_MIN_LABELLED_HEIGHT = 0.06
+_MIN_LABELLED_WIDTH = 0.04
 # A number, perhaps with a sign, a margin or an end of its range, and a unit; or a dash or nothing in its place.
 _QUANTITY = re.compile(
     r"([x~+−-]\s?)?\d+([.,]\d+)*(\s?(±|to)\s?\d+([.,]\d+)*)?(\s?(%|×|[A-Za-z]{1,5}))?|[-–−]?"
 )
+_BAND = "rgba(59,142,208,0.1)"  # of a map with height lines
 _LABEL_HEIGHT = 0.07  # of a line of text, as a share of a sweep's axis
 
 
@@ -87,10 +90,10 @@ def training_figure(history: Sequence[Mapping[str, Any]], total_steps: int) -> g
             col=1,
         )
     _label_bands(fig, loads[-1] if loads else [])
-    _set_layout(fig, height=480, margin={"l": 48, "r": 48, "t": 28, "b": 44})
+    _set_layout(fig, height=488, margin={"l": 48, "r": 48, "t": 36, "b": 44})
     fig.update_traces(line_color=_FALLBACK_INK, marker_color=_FALLBACK_INK)
     for title in fig.layout.annotations[:3]:
-        title.update(x=0, xanchor="left", font_size=13)
+        title.update(x=0, xanchor="left", font_size=13, yshift=8)  # clear of the highest tick
     fig.update_xaxes(range=[0, total_steps])
     fig.update_xaxes(title_text="optimizer step", ticklabelstandoff=6, row=3)  # its 0 clear of "0 %"
     fig.update_yaxes(rangemode="tozero", row=1)
@@ -120,7 +123,7 @@ def load_figure(loads: Mapping[str, Sequence[float]]) -> go.Figure:
             x=[round(100 * share, 1) for share in shares],
             orientation="h",
             marker={"color": style.color, "line": {"color": _FALLBACK_INK, "width": 1}},
-            text=[style.label if share >= _MIN_LABELLED_SHARE else "" for share in shares],
+            text=[style.label if share >= _MIN_LABELLED_WIDTH else "" for share in shares],
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
@@ -153,12 +156,28 @@ def drop_rate_figure(
             x=list(factors),
             y=list(skews),
             z=[[round(rate, 3) for rate in row] for row in rates],
-            colorscale=[[0, "rgba(59,142,208,0)"], [1, "rgba(59,142,208,0.85)"]],
-            contours={"start": 0.05, "end": 0.95, "size": 0.05, "showlabels": True, "labelformat": ".0%"},
+            # Plotly lays its bands over each other: each adds a little.
+            colorscale=[[0, "rgba(59,142,208,0)"], [0.05, _BAND], [1, _BAND]],
+            contours={"start": 0.1, "end": 0.9, "size": 0.1, "showlabels": True, "labelformat": ".0%"},
             line={"color": _FALLBACK_INK, "width": 1},
             showscale=False,  # the lines carry their heights
             hovertemplate="factor %{x}, skew %{y}: %{z:.1%} dropped<extra></extra>",
         )
+    )
+    fig.add_contour(
+        x=list(factors),
+        y=list(skews),
+        z=[[round(rate, 3) for rate in row] for row in rates],
+        contours={
+            "start": 0.01,
+            "end": 0.01,
+            "size": 1,
+            "coloring": "none",
+            "showlabels": True,
+            "labelformat": ".0%",
+        },
+        line={"color": _FALLBACK_INK, "width": 2},
+        hoverinfo="skip",
     )
     _set_layout(fig, height=360, margin={"l": 56, "r": 24, "t": 28, "b": 48})
     fig.update_layout(
@@ -189,7 +208,9 @@ def score_figure(scores: Mapping[str, float]) -> go.Figure:
             x=values,
             y=[name for name, _ in ranked],
             mode="markers+text",
-            text=[f"{value:.0f}" for value in values],
+            text=[
+                f"\u2002{value:.0f}" for value in values
+            ],  # a space, so that dot and number stay two things
             textposition="middle right",
             textfont_size=11,
             marker={"color": _FALLBACK_INK, "size": 8},
@@ -241,7 +262,7 @@ def sweep_figure(
             text=escape(name), x=1.01, xref="paper", xanchor="left", y=y, showarrow=False, font_size=12
         )
     ticks = sorted({setting for runs in lines.values() for setting in runs})
-    _set_layout(fig, height=340, margin={"l": 56, "r": 148, "t": 8, "b": 48})
+    _set_layout(fig, height=356, margin={"l": 56, "r": 148, "t": 16, "b": 56})
     fig.update_traces(line_color=_FALLBACK_INK)
     fig.update_xaxes(
         type="log",
@@ -250,7 +271,7 @@ def sweep_figure(
         title_text=x_title,
         showgrid=False,
     )
-    fig.update_yaxes(range=[0, top], title_text=y_title)
+    fig.update_yaxes(range=[-0.02 * top, 1.02 * top], title_text=y_title)  # with a line at both ends
     return _described(fig, "; ".join(ends) + ".")
 
 
@@ -264,8 +285,15 @@ def spread_apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
     return {name: placed[name] for name in heights}
 
 
-def dots_figure(runs: Mapping[str, Sequence[float]], x_title: str) -> go.Figure:
-    """A row a name, a dot for every run, a bar at the mean with its number; in the order given."""
+def dots_figure(
+    runs: Mapping[str, Sequence[float]], x_title: str, *, digits: int = 2, from_zero: bool = True
+) -> go.Figure:
+    """A row a name, a dot for every run, a bar at the mean with its number; in the order given.
+
+    Args:
+        digits: decimals of the means.
+        from_zero: begin the axis at 0; otherwise it holds the dots alone.
+    """
     fig = go.Figure()
     means = {name: fmean(values) for name, values in runs.items()}
     fig.add_scatter(
@@ -280,16 +308,16 @@ def dots_figure(runs: Mapping[str, Sequence[float]], x_title: str) -> go.Figure:
         y=list(means),
         mode="markers+text",
         marker={"color": _FALLBACK_INK, "size": 16, "symbol": "line-ns-open"},
-        text=[f"{mean:.2f}" for mean in means.values()],
-        textposition="top right",
+        text=[f"{mean:.{digits}f}" for mean in means.values()],
+        textposition="top center",
         textfont_size=11,
         cliponaxis=False,
         hoverinfo="skip",
     )
-    _set_layout(fig, height=84 + 34 * len(runs), margin={"l": 8, "r": 24, "t": 16, "b": 44})
-    fig.update_xaxes(title_text=x_title, rangemode="tozero")
+    _set_layout(fig, height=104 + 34 * len(runs), margin={"l": 8, "r": 24, "t": 20, "b": 56})
+    fig.update_xaxes(title_text=x_title, rangemode="tozero" if from_zero else "normal")
     fig.update_yaxes(type="category", autorange="reversed", automargin=True, ticksuffix="  ")
-    return _described(fig, "; ".join(f"{name}: {mean:.2f}" for name, mean in means.items()) + ".")
+    return _described(fig, "; ".join(f"{name}: {mean:.{digits}f}" for name, mean in means.items()) + ".")
 
 
 def table_html(header: Sequence[str], rows: Iterable[Sequence[str | int]], caption: str = "") -> str:
@@ -340,11 +368,10 @@ def snapshots_html(sources: Sequence[str], references: Sequence[str], snapshots:
 
 def tokens_html(tokens: Sequence[str]) -> str:
     """The tokens of a phrase as a row of chips."""
-    chips = " ".join(map(_plain_chip, tokens))
-    return f'<div class="moe"><div class="moe-chips" role="list">{chips}</div></div>'
+    return f'<div class="moe">{_chip_line(" ".join(map(_plain_chip, tokens)))}</div>'
 
 
-def routing_html(tokens: Sequence[str], routing: RouterOutput) -> str:
+def routing_html(tokens: Sequence[str], routing: RouterOutput, *, line: int | None = None) -> str:
     """The tokens of a phrase as chips that show where each goes.
 
     A chip holds the token and its first choice on that expert's colour, with its mark, number and gate; below, in a
@@ -354,14 +381,17 @@ def routing_html(tokens: Sequence[str], routing: RouterOutput) -> str:
     Args:
         tokens: the T tokens that were routed.
         routing: of those tokens.
+        line: tokens a line, for a batch of sentences of equal length; None for a single sentence.
 
     Raises:
         ValueError: the tokens are not those of `routing`.
     """
     if len(tokens) != routing.num_tokens:
         raise ValueError(f"{len(tokens)} tokens cannot show the routing of {routing.num_tokens}")
-    chips = (_chip(token, *choices) for token, choices in zip(tokens, _choices(routing), strict=True))
-    return f'<div class="moe"><div class="moe-chips" role="list">{" ".join(chips)}</div></div>'
+    chips = [_chip(token, *choices) for token, choices in zip(tokens, _choices(routing), strict=True)]
+    line = line or max(len(chips), 1)
+    lines = (" ".join(chips[start : start + line]) for start in range(0, len(chips), line))
+    return f'<div class="moe">{"".join(map(_chip_line, lines))}</div>'
 
 
 def describe_routing(tokens: Sequence[str], routing: RouterOutput) -> str:
@@ -370,9 +400,15 @@ def describe_routing(tokens: Sequence[str], routing: RouterOutput) -> str:
     if not made:
         return "Padding chooses nobody."
     firsts = [first.expert for first, *_ in made.values()]
-    busiest = max(dict.fromkeys(firsts), key=firsts.count)
+    most = max(map(firsts.count, firsts))
+    busiest = [expert_style(expert).label for expert in dict.fromkeys(firsts) if firsts.count(expert) == most]
+    who = (
+        f"Expert {busiest[0]} is"
+        if len(busiest) == 1
+        else f"Experts {', '.join(busiest[:-1])} and {busiest[-1]} are each"
+    )
     sentence = (
-        f"Expert {expert_style(busiest).label} is the first choice of {firsts.count(busiest)} of {len(made)} tokens; "
+        f"{who} the first choice of {most} of {len(made)} tokens; "
         f"{len(set(firsts))} of {routing.num_experts} experts are someone's first choice."
     )
     kept = [choice.kept for choices in made.values() for choice in choices]
@@ -405,14 +441,18 @@ def _choices(routing: RouterOutput) -> list[tuple[_Choice, ...]]:
 _CHIP_STYLE = "display: inline-block; margin: 2px; text-align: center; vertical-align: top"
 
 
-def _plain_chip(token: str) -> str:
-    style = f"{_CHIP_STYLE}; padding: 1px 6px; border: 1px solid"
+def _chip_line(chips: str) -> str:
+    return f'<div class="moe-chips" role="list">{chips}</div>'
+
+
+def _plain_chip(token: str, border: str = "solid") -> str:
+    style = f"{_CHIP_STYLE}; padding: 1px 6px; border: 1px {border}"
     return f'<span class="moe-chip moe-plain" role="listitem" style="{style}">{_token(token)}</span>'
 
 
 def _chip(token: str, first: _Choice | None = None, second: _Choice | None = None) -> str:
     if first is None:  # padding chooses nobody
-        return _plain_chip(token)
+        return _plain_chip(token, "dotted")
     lines = [_token(token), _gate(first)]
     if not first.kept and (second is None or not second.kept):
         lines.insert(1, "dropped")
@@ -467,7 +507,7 @@ def _label_bands(fig: go.Figure, shares: Sequence[float]) -> None:
     """Name each expert at the right end of its band."""
     bottom = 0.0
     for expert, share in enumerate(shares):
-        if share >= _MIN_LABELLED_SHARE:
+        if share >= _MIN_LABELLED_HEIGHT:
             fig.add_annotation(
                 text=expert_style(expert).label,
                 x=1.01,

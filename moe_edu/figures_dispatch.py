@@ -30,9 +30,10 @@ def slots_html(words: Sequence[str], tensor: Tensor) -> str:
     slots = "".join(
         f'<th style="{_CELL}; font-weight: 400{_edge(c)}">{c}</th>' for _ in range(E) for c in range(C)
     )
+    digits = 0 if bool(((tensor == 0) | (tensor == 1)).all()) else 2
     body = "".join(
         f'<tr style="background: transparent"><th style="{_NAME}">{escape(word)}</th>'
-        + "".join(_cell(value, e, c) for e, row in enumerate(rows) for c, value in enumerate(row))
+        + "".join(_cell(value, digits, e, c) for e, row in enumerate(rows) for c, value in enumerate(row))
         + "</tr>"
         for word, rows in zip(words, tensor.tolist(), strict=True)
     )
@@ -44,11 +45,10 @@ def slots_html(words: Sequence[str], tensor: Tensor) -> str:
     )
 
 
-def _cell(value: float, expert: int, slot: int) -> str:
+def _cell(value: float, digits: int, expert: int, slot: int) -> str:
     if value == 0:
-        return f'<td style="{_CELL}; opacity: 0.6{_edge(slot)}">·</td>'
-    text = "1" if value == 1 else f"{value:.2f}"
-    return f'<td style="{_CELL}; {_filled(expert)}; font-weight: 600{_edge(slot)}">{text}</td>'
+        return f'<td style="{_CELL}; opacity: 0.75{_edge(slot)}">·</td>'
+    return f'<td style="{_CELL}; {_filled(expert)}; font-weight: 600{_edge(slot)}">{value:.{digits}f}</td>'
 
 
 def _filled(expert: int) -> str:

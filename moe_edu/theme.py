@@ -51,8 +51,12 @@ def _luminance(color: str) -> float:
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-# Plotly writes its colours into each element, so the page's have to be stronger (!important).
+# Plotly writes its colours into each element, so the page's have to be stronger (!important). The arrow of a dropdown
+# is black in ipywidgets, on any page.
 STYLE_SHEET = """
+[data-jp-theme-light="false"] { --jp-widgets-dropdown-arrow: url("data:image/svg+xml,%3Csvg \
+xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath fill='%23e0e0e0' \
+d='M5.2 5.9 9 9.7l3.8-3.8 1.2 1.2-5 4.9-5-4.9z'/%3E%3C/svg%3E"); }
 .moe {
   --moe-ink: var(--jp-content-font-color1, currentColor);
   --moe-line: var(--jp-border-color1, rgba(128, 128, 128, 0.6));
@@ -61,28 +65,32 @@ STYLE_SHEET = """
 .moe table.moe-table { border-collapse: collapse; margin: 4px 0; font-size: 13px; width: auto; }
 .moe table.moe-table th, .moe table.moe-table td {
   text-align: left; vertical-align: top; padding: 4px 12px 4px 0; border: 0; white-space: normal;
-  overflow-wrap: anywhere; max-width: 200px; border-bottom: 1px solid var(--moe-line);
+  overflow-wrap: anywhere; max-width: 320px; border-bottom: 1px solid var(--moe-line);
   color: var(--moe-ink); background: transparent;
 }
+.moe table.moe-table tbody tr { background: none; }
+.moe table.moe-table caption { text-align: left; padding-bottom: 4px; }
 .moe table.moe-table th { font-weight: 600; }
-.moe table.moe-table td:first-child { overflow-wrap: normal; }
+.moe table.moe-table th, .moe table.moe-table td:first-child { overflow-wrap: normal; }
 .moe table.moe-table .moe-num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.moe table.moe-table th.moe-num { white-space: normal; }
 .moe table.moe-table .moe-whole { max-width: none; }
 .moe table.moe-table .moe-right { font-weight: 600; }
 .moe .moe-chips { margin: 8px 0; }
 .moe .moe-token { font-family: var(--jp-code-font-family, monospace); font-size: 13px; white-space: pre; }
 .moe .moe-choice { font-size: 12px; min-width: 34px; white-space: nowrap; border-color: var(--moe-ink) !important; }
 .moe .moe-first { border-radius: 4px 4px 0 0; }
-.moe .moe-second { border-top: 0 !important; border-radius: 0 0 4px 4px; }
-.moe .moe-plain { min-width: 34px; border-color: var(--moe-line) !important; border-radius: 4px; }
+.moe .moe-second { border-top: 0 !important; border-radius: 0 0 4px 4px; background-clip: padding-box !important; }
+.moe .moe-plain { min-width: 34px; border-color: currentColor !important; border-radius: 4px; }
 .moe .moe-choice b { font-weight: 600; }
 .moe .moe-no-room {
-  background: repeating-linear-gradient(45deg, transparent 0 4px, rgba(128, 128, 128, 0.45) 4px 6px) !important;
+  background: repeating-linear-gradient(-45deg, transparent 0 4px, rgba(128, 128, 128, 0.45) 4px 6px) !important;
   color: var(--moe-ink) !important;
 }
 .moe .moe-answer { font-size: 18px; margin: 8px 0; min-height: 1.4em; }
 .moe .moe-note { font-size: 13px; margin: 4px 0; }
 .moe .moe-error { border-left: 3px solid currentColor; padding-left: 8px; }
+.js-plotly-plot { max-width: 720px; }
 .js-plotly-plot .main-svg text:not(.bartext) { fill: var(--jp-content-font-color1, currentColor) !important; }
 .js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path {
   stroke: var(--jp-content-font-color1, currentColor) !important; stroke-opacity: 0.15 !important;
@@ -90,7 +98,11 @@ STYLE_SHEET = """
 .js-plotly-plot .scatterlayer path.js-line {
   stroke: var(--jp-content-font-color1, currentColor) !important;
 }
+.js-plotly-plot .contourlines path { stroke: var(--jp-content-font-color1, currentColor) !important; }
 .js-plotly-plot .scatterlayer path.point {
   fill: var(--jp-content-font-color1, currentColor) !important; stroke: none !important;
+}
+.js-plotly-plot .scatterlayer path.point[style*="fill: none"] {
+  fill: none !important; stroke: var(--jp-content-font-color1, currentColor) !important;
 }
 """

@@ -58,9 +58,12 @@ def test_a_router_that_has_collapsed_keeps_what_two_experts_hold():
 def test_the_surface_shows_the_rates_and_says_where_it_is_worst():
     rates = drop_rates(random_logits(), FACTORS, SKEWS)
     fig = drop_rate_figure(rates.tolist(), FACTORS, SKEWS)
-    (surface,) = fig.data
-    assert (surface.x, surface.y) == (FACTORS, SKEWS)
-    assert torch.allclose(torch.tensor(surface.z, dtype=torch.float64), rates, atol=0.00051)
+    surface, one_per_cent = fig.data
+    for lines in fig.data:
+        assert (lines.x, lines.y) == (FACTORS, SKEWS)
+        assert torch.allclose(torch.tensor(lines.z, dtype=torch.float64), rates, atol=0.00051)
+    assert surface.contours.start == surface.contours.size == 0.1
+    assert one_per_cent.contours.start == one_per_cent.contours.end == 0.01
     none = int((rates == 0).sum())
     assert fig.layout.meta["description"] == (
         "At most 88% of the tokens are dropped, with capacity factor 0.25 and skew 30; "

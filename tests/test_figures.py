@@ -106,13 +106,13 @@ def test_fallback_ink_can_be_read_on_white():
 
 
 def test_load_figure_cuts_each_bar_into_its_shares():
-    figure = load_figure({"even": [0.5, 0.5], "uneven": [0.96, 0.04]})
-    assert [list(bar.x) for bar in figure.data] == [[50, 96], [50, 4]]
+    figure = load_figure({"even": [0.5, 0.5], "uneven": [0.97, 0.03]})
+    assert [list(bar.x) for bar in figure.data] == [[50, 97], [50, 3]]
     assert [list(bar.text) for bar in figure.data] == [
         [expert_style(0).label] * 2,
         [expert_style(1).label, ""],
     ]
-    assert "uneven: the busiest expert is the first choice of 96%" in figure.layout.meta["description"]
+    assert "uneven: the busiest expert is the first choice of 97%" in figure.layout.meta["description"]
 
 
 def test_score_figure_ranks():
@@ -141,7 +141,9 @@ class TestHtml:
         assert '<th>name</th><th class="moe-num">size</th>' in html
         assert html.count('<td class="moe-num">') == len(column)
 
-    @pytest.mark.parametrize("other", ["1 (dense)", "2, no balancing loss", "● 0", "1 then 8", "2 4 4", "None"])
+    @pytest.mark.parametrize(
+        "other", ["1 (dense)", "2, no balancing loss", "● 0", "1 then 8", "2 4 4", "None"]
+    )
     def test_columns_with_words_are_not(self, other):
         assert "moe-num" not in table_html(["size"], [(7,), (other,)])
 
@@ -208,6 +210,14 @@ class TestRouting:
     def test_tokens_of_another_phrase(self):
         with pytest.raises(ValueError, match="2 tokens cannot show the routing of 6"):
             routing_html(["a", "b"], self.routing())
+
+    def test_a_batch_has_a_line_for_each_sentence(self):
+        page = Page(routing_html(list("abcdef"), self.routing(6), line=3))
+        assert page.tags.count("div") == 1 + 2
+        html = routing_html(list("abcdef"), self.routing(6), line=3)
+        first, second = html.split('role="list"')[1:]
+        assert all(f">{token}</bdi>" in first for token in "abc")
+        assert all(f">{token}</bdi>" in second for token in "def")
 
     def test_a_single_expert_is_no_second_choice(self):
         html = routing_html(["a"], self.routing(1, num_experts=1))

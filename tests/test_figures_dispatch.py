@@ -26,7 +26,7 @@ def test_shows_every_number_where_it_is():
 
 def test_rounds_gates_and_tells_zero_from_small():
     tensor = torch.tensor([[[0.0, 0.001]], [[0.625, 1.0]]])
-    assert cells(slots_html(["a", "b"], tensor)) == [["·", "0.00"], ["0.62", "1"]]
+    assert cells(slots_html(["a", "b"], tensor)) == [["·", "0.00"], ["0.62", "1.00"]]
 
 
 def test_words_are_escaped():

@@ -30,12 +30,16 @@ WRITTEN = "\n\n".join(cell.source for cell in GLOSSARY.cells)
 # The longest names are written in HTML, with a place at which they may be broken.
 TEXT = re.sub(r"<code>(\w+)<wbr>(\w+)</code>", r"`\1\2`", WRITTEN)
 COLUMNS = ("term", "what", "ours", "elsewhere", "lesson")
+OURS_ALONE = ("term", "what", "ours", "lesson")  # what the other libraries have not
 
 
 def terms():
     """One dictionary a row of the tables of terms."""
     rows = [line.strip("|").split(" | ") for line in TEXT.splitlines() if line.startswith('| <a id="')]
-    return [dict(zip(COLUMNS, (cell.strip() for cell in row), strict=True)) for row in rows]
+    return [
+        dict(zip(COLUMNS if len(row) == 5 else OURS_ALONE, (cell.strip() for cell in row), strict=True))
+        for row in rows
+    ]
 
 
 def names(column):
@@ -43,9 +47,8 @@ def names(column):
 
 
 def names_elsewhere(library):
-    lines = [
-        line for row in terms() for line in row["elsewhere"].split("<br>") if line.startswith(f"{library}: ")
-    ]
+    written = [row["elsewhere"] for row in terms() if "elsewhere" in row]
+    lines = [line for names in written for line in names.split("<br>") if line.startswith(f"{library}: ")]
     return sorted({name for line in lines for name in re.findall(r"`([^`]+)`", line)})
 
 
@@ -105,7 +108,8 @@ def test_letters_are_those_of_the_package():
 
 def test_sizes_are_those_of_the_published_model():
     """As in tests/test_budget.py, which holds them to the published number of parameters."""
-    sizes = dict(re.findall(r"^\| \$(\w)\$ \| [^|]+ \| (\d+) \|", TEXT, flags=re.MULTILINE))
+    sizes = dict(re.findall(r"^\| \$(\w)\$ \| [^|]+ \| ([\d,]+) \|", TEXT, flags=re.MULTILINE))
+    sizes = {letter: size.replace(",", "") for letter, size in sizes.items()}
     budget = (Path(__file__).parent / "test_budget.py").read_text("utf-8")
     for letter, field in {
         "V": "vocab_size",

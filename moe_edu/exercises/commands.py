@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import random
+import textwrap
 from typing import Any
 
 from moe_edu.exercises.judge import judge
@@ -14,6 +15,7 @@ from moe_edu.exercises.sandbox import run_guarded
 
 STRICT = "MOE_EDU_STRICT"  # environment variable: anything but a right answer raises
 TIME_LIMIT = 20.0  # seconds for all cases of one check
+_WIDTH = 106  # columns; JupyterLab breaks longer lines inside a word in a window of 1280 pixels
 _SIGNS = {"not attempted": "○", "wrong": "✗", "error": "!", "right": "✓"}
 
 
@@ -38,12 +40,21 @@ def check(key: str, answer: Any) -> None:
     if report.printed:
         print(report.printed, end="" if report.printed.endswith("\n") else "\n")
     verdict = report.verdict
-    print(f"{_SIGNS[verdict.outcome]} {key} {exercise.title}: {verdict.outcome}. {verdict.message}")
+    print(
+        _wrapped(f"{_SIGNS[verdict.outcome]} {key} {exercise.title} – {verdict.outcome}. {verdict.message}")
+    )
     if verdict.outcome in ("wrong", "error"):
         print(f'  For a hint: exercises.hint("{key}")')
     record(key, verdict, _source(answer))
     if os.environ.get(STRICT) == "1" and verdict.outcome != "right":
         raise WrongAnswerError(f"{key}: {verdict.outcome}. {verdict.message}")
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(
+        textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
 
 
 def hint(key: str, number: int = 1) -> None:

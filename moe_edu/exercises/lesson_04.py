@@ -106,7 +106,7 @@ _DISPATCH = Exercise(
     key="04.2",
     title="Dispatch",
     task="Write `dispatch`: collect the rows of all kept choices, sorted by expert. Return them, for each row its flat "
-    "choice `2 * t + k`, and each expert's number of rows. Your capstone model will use it.",
+    "choice $2t+k$, and each expert's number of rows. Your capstone model will use it.",
     difficulty="medium",
     importance="essential",
     minutes=15,

@@ -189,8 +189,8 @@ _PRE_NORM = Exercise(
     title="A pre-norm layer",
     task=(
         "Write `pre_norm_layer`: `x + attention(norm(x))`, then `x + ffn(norm(x))`. Here `attention` is a matrix of "
-        "shares, to be multiplied from the left; `ffn(y)` is `relu(y @ w)`, `norm(x)` is "
-        "`F.layer_norm(x, x.shape[-1:])`."
+        "shares, to be multiplied from the left; `ffn(y)` is `relu(y @ w)`, `norm` is "
+        "`F.layer_norm` over the last dimension."
     ),
     difficulty="easy",
     importance="essential",

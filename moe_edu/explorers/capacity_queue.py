@@ -14,6 +14,7 @@ from moe_edu.routing import expert_capacity, top2_gating
 
 _BATCH = bilingual_batch()
 _LANGUAGES = tuple(dict.fromkeys(_BATCH.languages))
+_NAMES = {"eng": "English", "fra": "French"}
 _T, _E = _BATCH.logits.shape
 
 
@@ -66,7 +67,7 @@ def _say_dropped(dropped: dict[str, list[str]]) -> str:
     if not any(dropped.values()):
         return "No word is dropped: each finds at least one of its two experts."
     parts = [
-        f"{code} {listed([f'“{word}”' for word in words])}" if words else f"no {code} word"
+        f"{_NAMES[code]} {listed([f'“{word}”' for word in words])}" if words else f"no {_NAMES[code]} word"
         for code, words in dropped.items()
     ]
     return f"Dropped by both experts: {'; '.join(parts)}."
@@ -79,7 +80,7 @@ EXPLORER = Explorer(
     fields=(
         Slider("factor", "Capacity factor", 0.25, 2.0, 0.05, 1.0),
         Slider("skew", "Skew", 0.0, 4.0, 0.1, 2.0),
-        Choice("first", "First in the batch", (("eng", "English"), ("fra", "French")), "eng"),
+        Choice("first", "First in the batch", tuple(_NAMES.items()), "eng"),
         Toggle("priority", "Batch priority: the surest words queue first", False),
     ),
     challenges=(

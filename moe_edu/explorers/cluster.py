@@ -51,6 +51,7 @@ def view(state: State) -> View:
             f" {count(len(copies), 'more GPU')} {holds} the same expert; their gradients must be averaged."
         )
     return {
+        "shown": {"sender": str(sender)},
         "sender": sender,
         "holds": [held[0], held[-1]],
         "copies": copies,
@@ -103,7 +104,7 @@ EXPLORER = Explorer(
         Slider("tokens", "Tokens a GPU", 512, 8192, 512, _NLLB.tokens_per_device),
         Slider("factor", "Capacity factor", 0.5, 2.0, 0.25, _NLLB.capacity_factor),
         Choice("precision", "Numbers", (("4", "fp32"), ("2", "fp16, bf16"), ("1", "fp8")), "2"),
-        Slider("sender", "Sender, modulo GPUs", 0, 511, 1, 21),
+        Slider("sender", "Sending GPU", 0, 511, 1, 21),
     ),
     challenges=(
         "Keep every expert on exactly four GPUs.",

@@ -45,6 +45,7 @@ def view(state: State) -> View:
         `rows` (language codes), `shares` `[G, E]` (of each language's tokens, the part that chose the expert first),
         `row` and `expert` of the selected cell, its `words`, `scripts` (of the expert's tokens, the part of each
         script, every language counting alike; largest first), and `bits` above chance, over all languages.
+        `shown` names what the sliders stand at.
     """
     data = _data()[state["model"]]
     found = data["trained" if state["trained"] else "untrained"]
@@ -63,6 +64,7 @@ def view(state: State) -> View:
         + (f", most often in {listed([_quoted(word) for word in words])}." if words else ".")
     )
     return {
+        "shown": {"row": name, "expert": str(expert)},
         "rows": data["codes"],
         "shares": shares,
         "row": row,
@@ -131,7 +133,7 @@ EXPLORER = Explorer(
             "letters",
         ),
         Toggle("trained", "Trained", True),
-        Slider("row", "Language, from the top", 1, len(LANGUAGES), 1, 7),
+        Slider("row", "Language", 1, len(LANGUAGES), 1, 7),
         Slider("expert", "Expert", 0, 15, 1, 13),
     ),
     challenges=(
@@ -141,6 +143,6 @@ EXPLORER = Explorer(
     ),
     view=view,
     solutions=({"row": 10, "expert": 14}, {"trained": False}, {"row": 1, "expert": 13}),
-    height=404,
+    height=416,
     data=_data(),
 )

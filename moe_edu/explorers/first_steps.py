@@ -26,8 +26,8 @@ def view(state: State) -> View:
     else:
         first, second = chosen
         sentence = (
-            f"“{word}” asks expert {first} first. Its answer counts {fixed(gates[first])}, that of expert {second} "
-            f"{fixed(gates[second])}."
+            f"“{word}” asks expert {first} first. Its answer counts {fixed(gates[first])}, and expert {second}’s "
+            f"counts {fixed(gates[second])}."
         )
     return {
         "word": word,

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_edu.experiments.learning_history import SNAPSHOT_EVERY, WINDOW, read_history
 from moe_edu.explorers.explorer import Choice, Explorer, Slider, State, View
-from moe_edu.explorers.wording import count, fixed, percent
+from moe_edu.explorers.wording import fixed, percent
 
 _HISTORY = read_history()
 _RUNS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def view(state: State) -> View:
     quality = (
         "nothing has been translated yet"
         if chrf is None
-        else f"chrF++ was last {fixed(chrf, 0)}, with {count(sum(right), 'phrase')} of {len(_PHRASES)} right"
+        else f"at the last check chrF++ was {fixed(chrf, 0)} and {sum(right)} of {len(_PHRASES)} phrases were right"
     )
     busiest = load.index(max(load))
     return {
@@ -70,7 +70,7 @@ def _right(run: dict[str, Any], looked: int) -> list[bool]:
 EXPLORER = Explorer(
     name="learning_curve",
     title="A run, step by step",
-    purpose="Move through a finished run. The thin dashed lines are the other run.",
+    purpose="Move through a finished run. The thin dashed line is the other run; the losses all but coincide.",
     fields=(
         Choice("weight", "Balancing loss", (("0.01", "weight 0.01"), ("0", "weight 0: left out")), "0.01"),
         Slider("step", "Step", WINDOW, _LAST_STEP, WINDOW, SNAPSHOT_EVERY),

@@ -150,7 +150,7 @@ EXPLORER = Explorer(
     fields=(
         Slider("balance", "Balance weight", 0.0, 1.0, 0.05, 0.0),
         Slider("z", "z weight", 0.0, 0.2, 0.01, 0.0),
-        Slider("shared", "Shared part of the inputs", 0.0, 2.0, 0.1, 1.0),
+        Slider("shared", "Shared part", 0.0, 2.0, 0.1, 1.0),
         Slider("seed", "Seed", 1, SEEDS, 1, 1),
     ),
     challenges=(

@@ -26,7 +26,7 @@ def view(state: State) -> View:
     Returns:
         `token` (place in the sentence), `path` (its first choice in each layer), `twins` (places of equal tokens),
         `parts` (the first layer, from 1, in which a twin's first choice is another; 0 for none), `groups` `[E]`
-        (places of the tokens whose first choice in the chosen layer is e).
+        (places of the tokens whose first choice in the chosen layer is e). `shown` names the token of the slider.
     """
     sentence = _SENTENCES[int(state["sentence"])]
     layers, tokens = sentence["layers"][state["model"]], sentence["tokens"]
@@ -55,6 +55,7 @@ def view(state: State) -> View:
         )
     said += f" In layer {layer + 1} expert {busiest} is the first choice of {sizes[busiest]} of {len(tokens)} tokens."
     return {
+        "shown": {"token": tokens[token]},
         "token": token,
         "path": path,
         "twins": twins,

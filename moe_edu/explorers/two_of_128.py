@@ -114,7 +114,7 @@ EXPLORER = Explorer(
             "published",
         ),
         Slider("experts", "Experts", 2, _MOST_EXPERTS, 1, 8),
-        Slider("push", "Push towards expert 1", -3.0, 3.0, 0.5, 0.0),
+        Slider("push", "Push to expert 1", -3.0, 3.0, 0.5, 0.0),
         Toggle("copies", "all experts are copies of one", False),
     ),
     challenges=(

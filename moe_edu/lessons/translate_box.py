@@ -36,7 +36,7 @@ def translate_box(
     style = {"description_width": "110px"}
     phrase = widgets.Text(value=text, description="Phrase", layout=wide, style=style)
     source = widgets.Dropdown(
-        options=[("und: find out yourself", UNDETERMINED), *_options(translator.tokenizer.languages)],
+        options=[("und: let the model find out", UNDETERMINED), *_options(translator.tokenizer.languages)],
         value=UNDETERMINED,
         description="From",
         layout=wide,

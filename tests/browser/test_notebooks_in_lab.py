@@ -173,7 +173,7 @@ def wait_for_tokens(page, text):
 
 def expect_verdict(output, exercise, sign, verdict):
     """Wait until a cell's output says `verdict`, as `exercises.check` prints it."""
-    text = f"{sign} {exercise.key} {exercise.title}: {verdict.outcome}. {verdict.message}"
+    text = f"{sign} {exercise.key} {exercise.title} – {verdict.outcome}. {verdict.message}"
     expect(output).to_have_text(text, timeout=PATIENCE_MS)
 
 

@@ -236,7 +236,7 @@ class TestSandbox:
 class TestCommands:
     def test_check_prints_the_verdict(self, capsys):
         exercises.check("02.1", find_exercise("02.1").solution)
-        assert capsys.readouterr().out == "✓ 02.1 The runner-up: right. Right, on 20 random inputs.\n"
+        assert capsys.readouterr().out == "✓ 02.1 The runner-up – right. Right, on 20 random inputs.\n"
 
     def test_a_wrong_answer_is_told_where_to_get_a_hint(self, capsys):
         exercises.check("02.1", lambda logits: logits.argmax(dim=0))

@@ -31,7 +31,7 @@ function compute(state, data) {
 }
 
 // What is drawn of each bar, from left to right: places in the counts, name, strength of the hue.
-const PARTS = [[[5], "experts", 1], [[3], "dense feed-forward", 0.72], [[1], "attention", 0.46], [[0], "embedding", 0.22], [[2, 4], "router and norms", 0]];
+const PARTS = [[[5], "experts", 1], [[3], "dense feed-forward", 0.7], [[1], "attention", 0.4], [[0], "embedding", 0.15], [[2, 4], "router and norms", 0]];
 
 function bar(y, values, scale, names) {
   const total = sum(values);
@@ -39,12 +39,13 @@ function bar(y, values, scale, names) {
   return PARTS.map(([places, name, strength]) => {
     const value = sum(places.map((i) => values[i]));
     const width = (value / scale) * 720;
-    const text = `${names[name] || name} ${percent(value / total)}`;
+    const short = percent(value / total);
+    const text = [`${names[name] || name} ${short}`, short, ""].find((text) => width > 6.4 * text.length + 14);
     const left = x;
     x += width;
     return width > 0.05 && [
       cell(left, y, width, 28, strength),
-      width > 6.6 * text.length + 12 && label(left + 8, y + 19, text, { size: 12 }),
+      text && label(left + 8, y + 19, text, { size: 12 }),
     ];
   });
 }
@@ -55,7 +56,7 @@ function draw(view, state, act, spec) {
     label(0, y + 21, name, { soft: true, size: 13 }),
     range(state.layers).map((layer) => isSparse(layer, state.step)
       ? range(4).map((i) => cell(left + layer * pitch + 1, y + 8 * i, pitch - 2, 7, 1))
-      : cell(left + layer * pitch + 1, y + 8, pitch - 2, 15, 0.72)),
+      : cell(left + layer * pitch + 1, y + 8, pitch - 2, 15, 0.7)),
   ];
   const total = sum(view.stored);
   const right = (y, text) => label(720, y, text, { soft: true, size: 13, anchor: "end" });
@@ -74,8 +75,9 @@ function draw(view, state, act, spec) {
     right(264, "for one token read and one written, on a scale of its own"),
     bar(272, view.work, sum(view.work), { embedding: "output scores" }),
     PARTS.map(([, name, strength], i) => {
-      const x = [0, 92, 246, 344, 452][i];
-      return h("g", {}, cell(x, 326, 16, 16, strength), label(x + 22, 339, name, { size: 12, soft: true }));
+      const x = [0, 92, 246, 344, 568][i];
+      const also = name === "embedding" ? " (work: output scores)" : "";
+      return h("g", {}, cell(x, 326, 16, 16, strength), label(x + 22, 339, `${name}${also}`, { size: 12, soft: true }));
     }))];
 }
 

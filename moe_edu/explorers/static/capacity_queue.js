@@ -1,4 +1,4 @@
-import { argmax, choiceFrame, count, expertTag, h, hatching, label, listed, range, softmax } from "./kit.js";
+import { argmax, colored, count, expertTag, h, hatching, label, listed, range, softmax } from "./kit.js";
 
 // The arithmetic of moe_edu.top2_gating with a capacity; `data` holds the batch, English first.
 function compute(state, data) {
@@ -38,10 +38,12 @@ function compute(state, data) {
   };
 }
 
+const NAMES = { eng: "English", fra: "French" };
+
 function sayDropped(dropped) {
   if (!Object.values(dropped).flat().length) return "No word is dropped: each finds at least one of its two experts.";
   const parts = Object.entries(dropped).map(([code, words]) =>
-    (words.length ? `${code} ${listed(words.map((word) => `“${word}”`))}` : `no ${code} word`));
+    (words.length ? `${NAMES[code]} ${listed(words.map((word) => `“${word}”`))}` : `no ${NAMES[code]} word`));
   return `Dropped by both experts: ${parts.join("; ")}.`;
 }
 
@@ -55,11 +57,9 @@ function drawWord(x, y, word, experts, kept, spec) {
     h("rect", { width: 53, height: 46, rx: 6, class: dropped ? "chip dropped" : "chip", "fill-opacity": dropped ? FAINT : null }),
     label(26.5, 18, word, { size: 12.5, anchor: "middle", weight: dropped ? 600 : 400 }),
     dropped ? label(26.5, 37, "dropped", { size: 11, anchor: "middle" }) : experts.map((e, k) => h("g", {},
-      h("rect", {
-        x: 4 + 23 * k, y: 25, width: 22, height: 16, rx: 3, class: kept[k] ? "tag" : "chip dropped",
-        fill: spec.experts[e].color, "stroke-dasharray": k ? "3 2" : "none",
-      }),
-      label(15 + 23 * k, 37, kept[k] ? e : "✕", {
+      kept[k] ? colored({ x: 4 + 23 * k, y: 25, width: 22, height: 16, rx: 3 }, spec.experts[e], k)
+        : h("rect", { x: 4 + 23 * k, y: 25, width: 22, height: 16, rx: 3, class: "chip dropped", "fill-opacity": FAINT, "stroke-dasharray": k ? "3 2" : "none" }),
+      label(15 + 23 * k, 37, kept[k] ? e : `✕${e}`, {
         size: 11, anchor: "middle", weight: 600, fill: kept[k] ? spec.experts[e].ink : INK,
       }))));
 }
@@ -71,10 +71,8 @@ function drawPlace(x, y, word, seated, second, style) {
       label(x + 23.5, y + 17.5, word, { size: 12, anchor: "middle", fill: INK }));
   }
   return h("g", {},
-    second
-      ? choiceFrame(x + 2, y + 2, 43, 22, style, true)
-      : h("rect", { x, y, width: 47, height: 26, rx: 3, class: "tag", fill: style.color }),
-    label(x + 23.5, y + 17.5, word, { size: 12, anchor: "middle", fill: second ? INK : style.ink }));
+    colored({ x, y, width: 47, height: 26, rx: 3 }, style, second),
+    label(x + 23.5, y + 17.5, word, { size: 12, anchor: "middle", fill: style.ink }));
 }
 
 function drawQueue(view, queue, e, y, spec) {
@@ -88,7 +86,7 @@ function drawQueue(view, queue, e, y, spec) {
     range(view.capacity).slice(queue.length).map((place) =>
       h("rect", { x: left(place), y, width: 47, height: 26, rx: 3, class: "slot", "stroke-dasharray": "2 3" })),
     h("path", { d: `M${wall} ${y - 4}v34`, class: "curve" }),
-    crowded && label(left(COLUMNS - 1) + 4, y + 18, `+ ${queue.length - shown.length}`, { size: 13, weight: 600 }),
+    crowded && label(left(COLUMNS - 1) + 4, y + 18, `${queue.length - shown.length} more`, { size: 12 }),
   ];
 }
 
@@ -102,7 +100,7 @@ function draw(view, state, act, spec) {
         drawWord(42 + 56 * place, 2 + 52 * row, view.words[t], view.expert_index[t], view.kept[t], spec)),
     ]),
     view.queues.map((queue, e) => drawQueue(view, queue, e, 120 + 34 * e, spec)),
-    label(54, 408, "filled: first choice; dashed: second choice; hatched, behind the wall: no room", { size: 12, soft: true }),
+    label(54, 408, "solid edge: first choice; dashed edge: second choice; ✕ or hatched: no room", { size: 12, soft: true }),
   ];
 }
 

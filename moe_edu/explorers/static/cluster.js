@@ -24,6 +24,7 @@ function compute(state, data) {
     ? ` ${count(copies.length, "more GPU")} ${copies.length === 1 ? "holds" : "hold"} the same expert; their gradients must be averaged.`
     : "";
   return {
+    shown: { sender: String(sender) },
     sender, holds: [place * each, place * each + each - 1], copies, group: [first, first + others], capacity,
     message, inside, between, step, weights: each * expertBytes, all_weights: experts * expertBytes,
     sentence: text + more,
@@ -37,6 +38,8 @@ export function size(number) {
   }
   return `${number} B`;
 }
+
+const inset = (x, y, edge, by) => ({ x: x + by, y: y + by, width: edge - 2 * by, height: edge - 2 * by });
 
 function draw(view, state, act, spec) {
   const perNode = spec.data.devices_per_node;
@@ -52,13 +55,13 @@ function draw(view, state, act, spec) {
     if (device < view.group[0] || device > view.group[1]) return "none";
     return node(device) === node(view.sender) ? "near" : "far";
   };
-  const square = (x, y, edge, what, onclick) => h("g", { class: onclick ? "press" : null, onclick },
+  const square = (x, y, edge, what, onclick) => h("g", { class: onclick ? "press" : null, onclick, "pointer-events": "all" },
     h("rect", {
-      x, y, width: edge, height: edge, class: what === "none" || what === "copy" ? "cell zero" : "cell",
+      ...inset(x, y, edge, what === "none" ? 2 : 0), class: what === "none" || what === "copy" ? "cell zero" : "cell",
       "fill-opacity": { sender: 0, near: 0.35, far: 0.9 }[what],
       style: what === "sender" ? "fill: var(--moe-ink); fill-opacity: 1" : null,
     }),
-    what === "copy" && h("rect", { x: x + 1, y: y + 1, width: edge - 2, height: edge - 2, class: "curve" }));
+    what === "copy" && h("rect", { ...inset(x, y, edge, 1), class: "curve" }));
   const legend = [["sender", "sends", 0], ["near", "same node", 90], ["far", "other node", 200], ["copy", "same experts", 318], ["none", "no tokens", 446]];
   const below = top + perNode * pitch + 14;
   const most = Math.max(view.inside + view.between, 1);
@@ -72,7 +75,7 @@ function draw(view, state, act, spec) {
     range(devices).map((device) => square(at(device).x, at(device).y, pitch - 2, kind(device), () => act.set({ sender: device }))),
     bar(0, "tokens inside the node", view.inside, 0.35),
     bar(1, "tokens to other nodes", view.between, 0.9),
-    label(0, below + 67, `one all-to-all; capacity ${view.capacity} slots an expert`, { size: 12, soft: true }),
+    label(0, below + 67, `bytes that GPU ${view.sender} sends in one all-to-all, with ${view.capacity} slots an expert`, { size: 12, soft: true }),
     label(0, below + 92, `GPU ${view.sender} holds ${view.holds[0] === view.holds[1] ? `expert ${view.holds[0]}` : `experts ${view.holds[0]} to ${view.holds[1]}`}: ${size(view.weights)} of the layer's ${size(view.all_weights)}. The tokens travel, the weights stay.`),
   ];
 }

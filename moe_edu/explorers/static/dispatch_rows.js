@@ -1,4 +1,4 @@
-import { argmax, button, chip, count, expertTag, fixed, h, hatching, label, listed, range, sum } from "./kit.js";
+import { argmax, button, chip, colored, count, expertTag, fixed, h, hatching, label, listed, range, sum } from "./kit.js";
 
 // The arithmetic of moe_edu.dispatch.plan_dispatch: kept choices sorted by expert, the others behind them.
 function compute(state, data) {
@@ -61,12 +61,12 @@ const ROW = { x: 138, width: 92, pitch: 28 };
 const EXPERT = { x: 270, width: 158, pitch: 84 };
 const HOME = { x: 468, width: 96 };
 const MIXED = { x: 602, width: 116 };
-const FAINT = 0.28; // of what is not followed
+const FAINT = 0.5; // of what is not followed
 
 const wordY = (t) => TOP + t * WORD.pitch + 12;
 const rowY = (r) => TOP + r * ROW.pitch + 2;
 const slotBox = (e, s) => ({ x: EXPERT.x + 2 + (s % 3) * 52, y: TOP + e * EXPERT.pitch + 30 + Math.floor(s / 3) * 22, width: 50, height: 20 });
-const homeY = (t, k) => TOP + t * WORD.pitch + 2 + k * 26;
+const homeY = (t, k) => TOP + t * WORD.pitch + 2 + k * 28;
 
 // A line between two columns: solid for a first choice, dashed for a second; strong where the word is followed.
 const path = (x1, y1, x2, y2, second, followed) =>
@@ -78,8 +78,8 @@ const path = (x1, y1, x2, y2, second, followed) =>
 // A small box on an expert's colour, framed where its word is followed.
 const block = ({ x, y, width, height }, text, style, second, followed) =>
   h("g", {},
-    h("rect", { x, y, width, height, rx: 3, fill: style.color, class: "tag", "stroke-dasharray": second ? "4 3" : null }),
-    followed && h("rect", { x: x - 1, y: y - 1, width: width + 2, height: height + 2, rx: 4, class: "curve" }),
+    colored({ x, y, width, height, rx: 3 }, style, second),
+    followed && h("rect", { x: x - 1, y: y - 1, width: width + 2, height: height + 2, rx: 4, class: "curve", "stroke-dasharray": second ? "7 4" : null }),
     label(x + width / 2, y + height / 2 + 4.5, text, { size: 12, anchor: "middle", fill: style.ink }));
 
 // What found no room: hatched at its end, so that its text stays easy to read.
@@ -95,7 +95,7 @@ function draw(view, state, act, spec) {
   const followed = (t) => words[t] === state.word;
   const pairs = words.flatMap((_, t) => [[t, 0], [t, 1]]).sort(([a], [b]) => followed(a) - followed(b)); // the followed on top
   const from = (step, nodes) => state.step >= step && nodes();
-  const titles = [["1 words", WORD.x], ["2 rows, sorted", ROW.x], ["3 experts", EXPERT.x], ["4 home", HOME.x], ["5 mixed", MIXED.x]];
+  const titles = [["1 · words", WORD.x], ["2 · sorted rows", ROW.x], ["3 · experts", EXPERT.x], ["4 · home", HOME.x], ["5 · mixed", MIXED.x]];
   return [
     hatching(),
     titles.map(([text, x], i) => label(x, 18, text, { size: 13, weight: i + 1 === state.step ? 700 : undefined, soft: i + 1 > state.step })),
@@ -107,10 +107,10 @@ function draw(view, state, act, spec) {
     })),
     from(4, () => pairs.map(([t, k]) => {
       const box = view.kept[t][k] && slotBox(expert[t][k], view.slot[t][k]);
-      return box && path(EXPERT.x + EXPERT.width + 1, box.y + 10, HOME.x - 1, homeY(t, k) + 12, k, followed(t));
+      return box && path(EXPERT.x + EXPERT.width + 1, box.y + 10, HOME.x - 1, homeY(t, k) + 11, k, followed(t));
     })),
     from(5, () => pairs.map(([t, k]) => view.kept[t][k] &&
-      path(HOME.x + HOME.width, homeY(t, k) + 12, MIXED.x - 1, wordY(t) + 15, k, followed(t)))),
+      path(HOME.x + HOME.width, homeY(t, k) + 11, MIXED.x - 1, wordY(t) + 15, k, followed(t)))),
     words.map((word, t) => button({
       x: WORD.x, y: wordY(t), width: WORD.width, height: 30, name: `follow ${word}`, pressed: followed(t),
       onPress: () => act.set({ word }),
@@ -126,14 +126,14 @@ function draw(view, state, act, spec) {
       ];
     }),
     view.counts.map((_, e) => [
-      h("rect", { x: EXPERT.x, y: TOP + e * EXPERT.pitch, width: EXPERT.width, height: 76, rx: 4, class: state.step < 3 ? "chip padding" : "chip" }),
+      state.step >= 3 && h("rect", { x: EXPERT.x, y: TOP + e * EXPERT.pitch, width: EXPERT.width, height: 76, rx: 4, class: "chip" }),
       expertTag(EXPERT.x + 2, TOP + e * EXPERT.pitch + 2, EXPERT.width - 4, spec.experts[e]),
       range(state.capacity).map((s) => h("rect", { ...slotBox(e, s), rx: 3, class: state.step < 3 ? "chip padding" : "slot" })),
     ]),
     from(3, () => pairs.map(([t, k]) => view.kept[t][k] &&
       block(slotBox(expert[t][k], view.slot[t][k]), words[t], style(t, k), k, followed(t)))),
     words.map((word, t) => range(2).map((k) => {
-      const box = { x: HOME.x, y: homeY(t, k), width: HOME.width, height: 24 };
+      const box = { x: HOME.x, y: homeY(t, k), width: HOME.width, height: 22 };
       if (state.step < 4) return h("rect", { ...box, rx: 3, class: "chip padding" });
       if (!view.kept[t][k]) return hatched(box, "no room", followed(t));
       return block(box, `${style(t, k).label} of ${word}`, style(t, k), k, followed(t));
@@ -149,10 +149,7 @@ function mixed(view, t, word, shown, followed, style) {
   if (!view.kept[t][0] && !view.kept[t][1]) return hatched(box, `${word}: dropped`, followed);
   return [
     view.gates[t].map((gate, k) => gate > 0 && [
-      h("rect", {
-        x: box.x + (k ? box.width * view.gates[t][0] : 0), y: box.y, width: box.width * gate, height: 30,
-        fill: style(k).color, class: "tag", "stroke-dasharray": k ? "4 3" : null,
-      }),
+      colored({ x: box.x + (k ? box.width * view.gates[t][0] : 0), y: box.y, width: box.width * gate, height: 30 }, style(k), k),
       gate > 0.25 && label(box.x + box.width * (k ? view.gates[t][0] + gate / 2 : gate / 2), box.y + 20, fixed(gate),
         { size: 12, anchor: "middle", fill: style(k).ink }),
     ]),

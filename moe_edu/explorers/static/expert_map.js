@@ -16,6 +16,7 @@ function compute(state, data) {
   const words = found.words[row][expert];
   const [unit, title] = TITLES[state.model];
   return {
+    shown: { row: names[row], expert: String(expert) },
     rows: codes, shares, row, expert, words, scripts: scriptsOf(expert, shares, scripts), bits: found.bits,
     sentence: `In ${title}, ${state.trained ? "trained" : "untrained"}, the chosen expert tells ${fixed(found.bits)} bits ` +
       `about the language, above chance. ${names[row]} sends ${percent(share)} of its ${unit} first to expert ${expert}` +
@@ -40,34 +41,42 @@ const short = (name) => name.replace(/ \(.*/, "").replace("Modern Standard ", ""
 function draw(view, state, act, spec) {
   const { names, scripts } = spec.data[state.model];
   const experts = view.shares[0].length;
-  const [left, top, height] = [112, 34, 22];
+  const [left, top, height] = [112, 46, 22];
   const width = 416 / experts;
   const side = 552;
   const largest = Math.max(...view.shares.flat());
   const chosen = { x: left + view.expert * width, y: top + view.row * height };
   const bar = (script, part, i) => h("g", {},
     label(side, 252 + i * 36, script, { size: 12 }),
-    h("rect", { x: side, y: 258 + i * 36, width: 120 * part, height: 10, class: "cell", "fill-opacity": 0.55 }),
-    label(side + 168, 267 + i * 36, percent(part), { size: 12, anchor: "end", mono: true }));
+    h("rect", { x: side, y: 258 + i * 36, width: 164 * part, height: 10, class: "cell" }),
+    label(side + 164, 252 + i * 36, percent(part), { size: 12, anchor: "end" }));
+  // Beyond eight experts there is no room for mark and number side by side.
+  const tag = (e) => {
+    const [x, style] = [left + e * width + 1, spec.experts[e]];
+    const [mark, number] = style.label.split(" ");
+    if (experts <= 8) return expertTag(x, 14, width - 2, style, 26);
+    return [expertTag(x, 6, width - 2, { ...style, label: "" }, 36),
+      [mark, number].map((text, i) => label(x + width / 2 - 1, 21 + 15 * i, text, { size: 12, anchor: "middle", weight: 600, fill: style.ink }))];
+  };
   return [
-    label(left - 8, 22, "experts", { anchor: "end", soft: true, size: 12 }),
-    view.shares[0].map((_, e) => expertTag(left + e * width + 1, 8, width - 2, { ...spec.experts[e], label: experts > 8 ? `${e}` : spec.experts[e].label }, 20)),
+    label(left - 8, 32, "experts", { anchor: "end", soft: true, size: 12 }),
+    view.shares[0].map((_, e) => tag(e)),
     names.map((name, g) => label(left - 8, top + g * height + 16, short(name),
       { anchor: "end", size: 13, weight: g === view.row ? 600 : undefined })),
     view.shares.map((row, g) => row.map((share, e) => button({
       x: left + e * width, y: top + g * height, width, height, name: `${names[g]}, expert ${e}: ${percent(share)}`,
       pressed: g === view.row && e === view.expert, onPress: () => act.set({ row: g + 1, expert: e }),
-    }, cell(left + e * width + 0.5, top + g * height + 0.5, width - 1, height - 1, (share / largest) * 1.6, undefined),
+    }, cell(left + e * width + 0.5, top + g * height + 0.5, width - 1, height - 1, (share / largest) * 1.5, undefined),
     share >= 0.1 && label(left + (e + 0.5) * width, top + g * height + 15, (100 * share).toFixed(0), { anchor: "middle", size: 11, mono: true })))),
     h("rect", { x: chosen.x, y: chosen.y, width, height, rx: 2, class: "curve", style: "stroke-width: 2.5" }),
-    label(left, top + view.shares.length * height + 14, "per cent of the language's tokens, first choice; a stronger blue is more", { size: 12, soft: true }),
+    label(left, top + view.shares.length * height + 14, `% of the language's tokens by first choice; numbers from 10; dotted: none; strongest blue: ${percent(largest)}`, { size: 12, soft: true }),
     label(side, 46, short(names[view.row]), { weight: 600 }),
     label(side, 64, `${percent(view.shares[view.row][view.expert], 1)} to expert ${view.expert}`, { size: 13 }),
     label(side, 90, "most often in", { size: 12, soft: true }),
     view.words.length ? view.words.map((word, i) => label(side, 112 + i * 22, word.length > 18 ? `${word.slice(0, 17)}…` : word, { size: 14 }))
       : label(side, 112, "nothing", { soft: true }),
     label(side, 208, `Who comes to expert ${view.expert}?`, { weight: 600, size: 13 }),
-    label(side, 226, "share of each script", { size: 12, soft: true }),
+    label(side, 226, "the largest scripts", { size: 12, soft: true }),
     view.scripts.slice(0, 4).map(([script, part], i) => bar(script, part, i)),
   ];
 }

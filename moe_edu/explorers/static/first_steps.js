@@ -1,4 +1,4 @@
-import { cell, chip, expertTag, fixed, h, handle, label, softmax } from "./kit.js";
+import { cell, chip, colored, expertTag, fixed, h, handle, label, softmax } from "./kit.js";
 
 // moe_edu.top2_gating for one word and two experts.
 function compute(state) {
@@ -11,15 +11,16 @@ function compute(state) {
     word, chosen: [first, 1 - first], gates,
     sentence: same
       ? `Expert 0 and expert 1 count the same for “${word}”: ${fixed(gates[0])} each.`
-      : `“${word}” asks expert ${first} first. Its answer counts ${fixed(gates[first])}, that of expert ${1 - first} ${fixed(gates[1 - first])}.`,
+      : `“${word}” asks expert ${first} first. Its answer counts ${fixed(gates[first])}, and expert ${1 - first}’s counts ${fixed(gates[1 - first])}.`,
     met: [first === 1, same, gates[0] >= 0.99 && scores[0] <= 1],
   };
 }
 
 // A line as wide as its gate, edged so that its colour shows on any page; the second choice is dashed.
 const way = (d, gate, style, second) => [
-  h("path", { d, fill: "none", stroke: "currentColor", "stroke-opacity": 0.55, "stroke-width": 4 + 14 * gate }),
-  h("path", { d, fill: "none", stroke: style.color, "stroke-width": 2 + 14 * gate, "stroke-dasharray": second ? "10 6" : null }),
+  h("path", { d, fill: "none", stroke: "currentColor", "stroke-opacity": 0.75, "stroke-width": 4 + 14 * gate,
+    "stroke-dasharray": second ? "12 8" : null, "stroke-dashoffset": 1 }),
+  h("path", { d, fill: "none", stroke: style.color, "stroke-width": 2 + 14 * gate, "stroke-dasharray": second ? "10 10" : null }),
 ];
 
 function draw(view, state, act, spec) {
@@ -49,10 +50,7 @@ function draw(view, state, act, spec) {
     chip(0, 76, 190, view.word),
     [view.chosen[1], view.chosen[0]].map(ways), // the first choice on top
     [0, 1].map(expert), // always in this order: a handle keeps pointer and focus when the choices change places
-    [0, 1].map((e) => h("rect", {
-      x: e ? share : 0, y: 192, width: 720 * view.gates[e], height: 20, fill: spec.experts[e].color, class: "tag",
-      "stroke-dasharray": view.chosen[1] === e ? "6 4" : null,
-    })),
+    [0, 1].map((e) => colored({ x: e ? share : 0, y: 192, width: 720 * view.gates[e], height: 20 }, spec.experts[e], view.chosen[1] === e)),
     [0, 1].map((e) => {
       const text = `${fixed(view.gates[e])}${view.gates[e] > 0.34 ? ` × the answer of expert ${e}` : ""}`;
       const middle = e ? (share + 720) / 2 : share / 2;

@@ -1,7 +1,7 @@
 // The frame of every explorer, and the parts its picture is made of.
 //
 // An explorer is { compute(state, data) -> view, draw(view, state, act, spec) -> [node] }. Both are pure: `compute`
-// returns numbers, `view.sentence` and `view.met`; `draw` returns nodes made with `h`. `act.set({field: value})`
+// returns numbers, `view.sentence`, `view.met` and perhaps `view.shown` (a slider's value in words); `draw` returns nodes made with `h`. `act.set({field: value})`
 // changes the state. Nothing measures text, so a picture is the same on every machine.
 
 // ---- words and numbers, as moe_edu/explorers/wording.py
@@ -110,12 +110,19 @@ export const cell = (x, y, width, height, share, text) =>
     h("rect", { x, y, width, height, class: share > 0 ? "cell" : "cell zero", "fill-opacity": (0.55 * share).toFixed(3) }),
     text !== undefined && label(x + width / 2, y + height / 2 + 5, text, { anchor: "middle", mono: true, size: 13 }));
 
+// A box on an expert's colour. The edge of a second choice is dashed, in the ink that shows on that colour.
+export const colored = ({ x, y, width, height, rx = 0 }, style, second) =>
+  h("g", {},
+    h("rect", { x, y, width, height, rx, fill: style.color, class: "tag" }),
+    second && h("rect", { x: x + 1.5, y: y + 1.5, width: Math.max(width - 3, 0), height: height - 3, rx: Math.max(rx - 1, 0),
+      fill: "none", stroke: style.ink, "stroke-dasharray": "4 3" }));
+
 // The frame of a choice: the first solid, the second dashed, in the colour of its expert over a line that shows on any page.
 export const choiceFrame = (x, y, width, height, style, second) =>
   h("g", {},
-    h("rect", { x, y, width, height, rx: 3, class: "under" }),
+    h("rect", { x, y, width, height, rx: 3, class: "under", "stroke-dasharray": second ? "7 4" : null, "stroke-dashoffset": 0.5 }),
     h("rect", { x, y, width, height, rx: 3, fill: "none", stroke: style.color, "stroke-width": 3,
-      "stroke-dasharray": second ? "6 4" : null }));
+      "stroke-dasharray": second ? "6 5" : null }));
 
 // A number to move: by dragging (up and right are more), by arrow keys, Page Up and Down, Home and End.
 // `children` is what is drawn there; `name` and `text` are read out.
@@ -172,10 +179,13 @@ const STYLE = `
 .moe-x { --moe-ink: var(--jp-content-font-color0, currentColor); --moe-soft: color-mix(in srgb, var(--moe-ink) 78%, transparent);
   --moe-line: color-mix(in srgb, var(--moe-ink) 45%, transparent); --moe-hue: #3b8ed0;
   color: var(--moe-ink); max-width: 720px; font: 14px/1.4 var(--jp-content-font-family, system-ui, sans-serif); margin: 8px 0; }
+.moe-x .moe-x-head { display: flex; justify-content: space-between; align-items: baseline; gap: 24px; }
 .moe-x .moe-x-title { font-weight: 600; font-size: 16px; margin: 0; }
 .moe-x p { margin: 4px 0; }
-.moe-x .moe-x-controls { display: flex; flex-wrap: wrap; gap: 6px 24px; align-items: center; margin: 8px 0; }
-.moe-x label { display: inline-flex; align-items: center; gap: 8px; }
+.moe-x .moe-x-controls { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 6px 24px; align-items: center; margin: 8px 0 12px; }
+.moe-x .moe-x-wide { grid-column: 1 / -1; }
+.moe-x label { display: flex; align-items: center; gap: 8px; } .moe-x label span:first-child { min-width: 116px; }
+.moe-x input[type=text], .moe-x select { min-width: 0; }
 .moe-x input[type=range] { width: 130px; accent-color: var(--moe-hue); }
 .moe-x input[type=text], .moe-x select, .moe-x button { font: inherit; color: inherit; background: transparent;
   border: 1px solid var(--moe-line); border-radius: 4px; padding: 2px 8px; }
@@ -192,33 +202,36 @@ const DRAWING = `
 text { font-family: var(--jp-content-font-family, system-ui, sans-serif); font-variant-numeric: tabular-nums; }
 .ink { fill: var(--moe-ink); } .soft { fill: var(--moe-soft); } .mono { font-family: var(--jp-code-font-family, ui-monospace, monospace); }
 .line { stroke: var(--moe-line); fill: none; } .curve { stroke: var(--moe-ink); fill: none; stroke-width: 2; }
-.chip { fill: none; stroke: var(--moe-line); } .padding { stroke-dasharray: 2 3; }
+.chip { fill: none; stroke: var(--moe-line); } .padding { stroke: var(--moe-soft); stroke-dasharray: 2 3; }
 .dropped { fill: url(#moe-hatch); stroke: var(--moe-ink); stroke-width: 1.5; } .hatch { fill: var(--moe-line); }
-.tag { stroke: var(--moe-ink); stroke-opacity: .5; } .slot { fill: none; stroke: var(--moe-line); }
-.cell { fill: var(--moe-hue); stroke: var(--moe-line); stroke-width: .5; } .zero { fill: none; stroke-dasharray: 2 3; }
-.under { fill: none; stroke: var(--moe-ink); stroke-width: 5; stroke-opacity: .55; }
+.tag { stroke: var(--moe-ink); stroke-opacity: .5; } .slot { fill: none; stroke: var(--moe-soft); }
+.cell { fill: var(--moe-hue); stroke: var(--moe-soft); stroke-width: .5; } .zero { fill: none; stroke-width: 1; stroke-dasharray: 2 3; }
+.under { fill: none; stroke: var(--moe-ink); stroke-width: 5; stroke-opacity: .75; }
 .grip { fill: transparent; } .handle { cursor: ns-resize; } .press { cursor: pointer; }
 .handle:hover .grip { stroke: var(--moe-ink); } .handle:focus { outline: none; }
 .handle:focus-visible .grip { stroke: var(--moe-ink); stroke-width: 2.5; }`;
 
-function control(field, value, onInput) {
+// `shown` says a slider's value in other words than its number.
+function control(field, value, shown, onInput) {
   const common = { "data-lm-suppress-shortcuts": "true", "data-field": field.name };
   if (field.kind === "Slider") {
-    const text = `${field.step % 1 ? fixed(value, field.step < 0.1 ? 2 : 1) : fixed(value, 0)}${field.unit ? ` ${field.unit}` : ""}`;
+    const digits = [0, 1, 2].find((n) => Number.isInteger(Number((field.step * 10 ** n).toFixed(6))));
+    const text = shown ?? `${fixed(value, digits)}${field.unit ? ` ${field.unit}` : ""}`;
     return h("label", {}, h("span", {}, field.label),
       h("input", { ...common, type: "range", min: field.low, max: field.high, step: field.step, "aria-valuetext": text,
         oninput: (event) => onInput(Number(event.target.value)) }),
       h("output", {}, text));
   }
   if (field.kind === "Choice") {
-    return h("label", {}, h("span", {}, field.label), h("select", { ...common, onchange: (event) => onInput(event.target.value) },
+    const wide = field.options.some(([, text]) => text.length > 24);
+    return h("label", { class: wide ? "moe-x-wide" : null }, h("span", {}, field.label), h("select", { ...common, onchange: (event) => onInput(event.target.value) },
       field.options.map(([option, text]) => h("option", { value: option }, text))));
   }
   if (field.kind === "Toggle") {
     return h("label", {}, h("input", { ...common, type: "checkbox", onchange: (event) => onInput(event.target.checked) }),
       h("span", {}, field.label));
   }
-  return h("label", {}, h("span", {}, field.label), h("input", { ...common, type: "text", maxlength: field.max_length, size: 32,
+  return h("label", {}, h("span", {}, field.label), h("input", { ...common, type: "text", maxlength: field.max_length, size: 20,
     oninput: (event) => onInput(event.target.value) }));
 }
 
@@ -247,11 +260,11 @@ export function mount(root, explorer, spec, initial, onState = () => {}) {
     met = met.map((already, i) => already || view.met[i]);
     const controls = spec.fields.filter((field) => field.kind !== "Grid");
     patch(frame, [
-      h("p", { class: "moe-x-title" }, spec.title),
+      h("div", { class: "moe-x-head" }, h("p", { class: "moe-x-title" }, spec.title),
+        h("button", { type: "button", "data-lm-suppress-shortcuts": "true", onclick: reset }, "Reset")),
       h("p", {}, spec.purpose),
       h("div", { class: "moe-x-controls" },
-        controls.map((field) => control(field, state[field.name], (value) => change({ [field.name]: value }))),
-        h("button", { type: "button", "data-lm-suppress-shortcuts": "true", onclick: reset }, "Reset")),
+        controls.map((field) => control(field, state[field.name], view.shown?.[field.name], (value) => change({ [field.name]: value })))),
       h("div", { class: "moe-x-stage", "data-opaque": "" }),
       h("p", { class: "moe-x-sentence", "aria-live": "polite" }, view.sentence),
       h("ul", { "aria-label": "Challenges" },

@@ -1,4 +1,4 @@
-import { count, expertTag, fixed, h, label, percent, range } from "./kit.js";
+import { expertTag, fixed, h, label, percent, range } from "./kit.js";
 
 const rightAt = (run, looked, phrases) =>
   phrases.map((phrase, i) => looked >= 0 && run.snapshots[looked].translations[i] === phrase.human);
@@ -13,7 +13,7 @@ function compute(state, data) {
   const chrf = looked >= 0 ? run.snapshots[looked].chrf : null;
   const many = right.filter(Boolean).length;
   const quality = chrf === null ? "nothing has been translated yet"
-    : `chrF++ was last ${fixed(chrf, 0)}, with ${count(many, "phrase")} of ${data.phrases.length} right`;
+    : `at the last check chrF++ was ${fixed(chrf, 0)} and ${many} of ${data.phrases.length} phrases were right`;
   const busiest = load.indexOf(Math.max(...load));
   return {
     point: place, snapshot: looked, loss: point.loss, chrf, load, left_behind: behind, right,
@@ -60,7 +60,7 @@ function draw(view, state, act, spec) {
     chart(24, "loss per target token", 8, (r) => r.points.map((p) => [p.step, p.loss]), state, data, view.loss),
     chart(158, "chrF++ on validation sentences", 100, (r) => r.snapshots.map((s) => [s.step, s.chrf]), state, data, view.chrf),
     label(LEFT + WIDTH, 268, `step ${data.last}`, { size: 11, anchor: "end", soft: true }),
-    label(panel, 16, "share of the tokens that choose it first", { size: 13, weight: 600 }),
+    label(panel, 16, "share of the tokens that choose the expert first", { size: 13, weight: 600 }),
     view.load.map((share, e) => [
       expertTag(panel, 24 + e * 29, 46, spec.experts[e], 22),
       h("rect", { x: bars, y: 26 + e * 29, width: Math.max(1, share * scale), height: 18, fill: spec.experts[e].color, class: "tag" }),

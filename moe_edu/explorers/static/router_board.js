@@ -1,4 +1,4 @@
-import { argmax, cell, chip, choiceFrame, count, expertTag, fixed, h, handle, label, listed, softmax, sum } from "./kit.js";
+import { argmax, cell, chip, choiceFrame, colored, count, expertTag, fixed, h, handle, label, listed, softmax, sum } from "./kit.js";
 
 // The arithmetic of moe_edu.top2_gating without a capacity. `data.gumbel[draw]` is `[T, E]`, `data.uniform[draw]` `[T]`.
 export function routeWord(logits, choices, policy, gumbel, uniform) {
@@ -61,10 +61,8 @@ function draw(view, state, act, spec) {
       label(box.x + width - 8, box.y + 22, fixed(probability), { mono: true, size: 11, anchor: "end", soft: true }));
     })),
     words.map((_, t) => view.chosen[t].map((e, k) => e >= 0 && view.gates[t][k] > 0.005 && h("g", {},
-      h("rect", {
-        x: 504 + (k ? 200 * view.gates[t][0] : 0), y: top + t * pitch + 6, width: 200 * view.gates[t][k], height: 24,
-        fill: spec.experts[e].color, class: "tag", "stroke-dasharray": k ? "4 3" : null,
-      }),
+      colored({ x: 504 + (k ? 200 * view.gates[t][0] : 0), y: top + t * pitch + 6, width: 200 * view.gates[t][k], height: 24 },
+        spec.experts[e], k),
       view.gates[t][k] > 0.14 && label(504 + 200 * (k ? view.gates[t][0] + view.gates[t][1] / 2 : view.gates[t][0] / 2), top + t * pitch + 23,
         fixed(view.gates[t][k]), { anchor: "middle", size: 12, fill: spec.experts[e].ink })))),
     label(left, top + words.length * pitch + 16, "large: logit (drag it, or use the arrow keys); small: probability", { size: 12, soft: true }),

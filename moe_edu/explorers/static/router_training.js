@@ -99,6 +99,8 @@ function shares(load, y, height, steps, styles) {
   const below = (at, e) => y + height * (1 - sum(at.slice(0, e)));
   const last = load[load.length - 1];
   return [
+    label(CHART.x - 5, y + 8, "100 %", { size: 11, anchor: "end", soft: true }),
+    label(CHART.x - 5, y + height, "0", { size: 11, anchor: "end", soft: true }),
     last.map((_, e) => {
       const upper = points(load).map(([i, at]) => [across(i, steps), below(at, e + 1)]);
       const lower = points(load).map(([i, at]) => [across(i, steps), below(at, e)]);
@@ -119,6 +121,7 @@ function curve(name, values, y, height, steps) {
     h("polyline", { points: joined(corners), class: "curve" }),
     label(CHART.x, y - 9, name, { size: 13, weight: 600 }),
     label(CHART.x - 5, y + 8, fixed(largest), { size: 11, anchor: "end", soft: true }),
+    label(CHART.x - 5, y + height, "0", { size: 11, anchor: "end", soft: true }),
     label(CHART.x + CHART.width + 6, end + 4, fixed(values[values.length - 1]), { size: 12 }),
   ];
 }

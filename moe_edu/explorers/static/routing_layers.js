@@ -1,4 +1,4 @@
-import { button, expertTag, fixed, h, label, listed, range } from "./kit.js";
+import { button, colored, expertTag, fixed, h, label, listed, range } from "./kit.js";
 
 function compute(state, data) {
   const sentence = data.sentences[Number(state.sentence)];
@@ -12,6 +12,7 @@ function compute(state, data) {
   const sizes = groups.map((group) => group.length);
   const busiest = sizes.indexOf(Math.max(...sizes));
   return {
+    shown: { token: tokens[token] },
     token, path, twins, parts, groups,
     sentence: `“${tokens[token]}” chooses first the experts ${listed(path.map(String))} of layers 1, 2, 3 and 4.` +
       (twins.length === 0 ? "" : parts ? ` The same token stands elsewhere, too: they part in layer ${parts}.`
@@ -30,9 +31,9 @@ function wrapped(words, room) {
   const width = (text) => [...text].reduce((sum, letter) => sum + (letter.codePointAt(0) > 0x2e80 ? 2 : 1), 0);
   const lines = [""];
   for (const word of words) {
-    const longer = lines[lines.length - 1] ? `${lines[lines.length - 1]}  ${word}` : word;
-    if (width(longer) > room && lines[lines.length - 1]) lines.push(word);
-    else lines[lines.length - 1] = longer;
+    const line = lines.pop();
+    const longer = line ? `${line}, ${word}` : word;
+    lines.push(...(line && width(longer) > room ? [`${line},`, word] : [longer]));
   }
   return lines;
 }
@@ -47,9 +48,8 @@ function draw(view, state, act, spec) {
     const style = spec.experts[expert];
     const x = column(l) + (k ? width * (1 - gate) : 0);
     return gate >= 0.02 && h("g", {},
-      h("rect", { x, y: top + t * pitch + 3, width: width * gate, height: 22, fill: style.color, class: "tag",
-        "stroke-dasharray": k ? "4 3" : "none" }),
-      gate > 0.3 && label(x + (width * gate) / 2, top + t * pitch + 19, style.label,
+      colored({ x, y: top + t * pitch + 3, width: width * gate, height: 22 }, style, k),
+      gate >= 0.14 && label(x + (width * gate) / 2, top + t * pitch + 19, gate > 0.36 ? style.label : style.label[0],
         { anchor: "middle", size: 12, weight: k ? 400 : 600, fill: style.ink }));
   };
   return [
@@ -63,7 +63,7 @@ function draw(view, state, act, spec) {
       return button({ x: 2, y: y - 1, width: column(3) + width + 6, height: pitch + 1, pressed: t === view.token,
         name: `${text}: first choices ${way}`, onPress: () => act.set({ token: t + 1 }) },
       h("g", { transform: `translate(6,${y + 1}) scale(1,0.87)` },
-        h("rect", { width: 112, height: 30, rx: 6, class: "chip", "stroke-width": t === view.token ? 2.5 : 1 })),
+        h("rect", { width: 112, height: 30, rx: 6, class: "chip", })),
       label(14, y + 19, text, { size: 13, weight: t === view.token ? 600 : 400 }),
       view.twins.includes(t) && label(112, y + 19, "=", { anchor: "end", size: 13, weight: 600 }),
       range(4).map((l) => [half(l, t, 0), half(l, t, 1)]),
@@ -80,7 +80,7 @@ function draw(view, state, act, spec) {
           label(panel + 56, y + (lines.length > 1 ? 9 : 17) + 15 * i, i === 1 && lines.length > 2 ? `${line} …` : line, { size: 12 })),
       ];
     }),
-    label(2, 412, "a bar: gates of the first choice and of the second (dashed); =: the same token again", { size: 12, soft: true }),
+    label(2, 412, "bar: gates of first and second choice (dashed); =: same token; ▁: a space before", { size: 12, soft: true }),
     label(panel, 412, "each layer has experts of its own", { size: 12, soft: true }),
   ];
 }

@@ -73,7 +73,7 @@ function draw(view, state, act, spec) {
     label(112, bottom + 18, "rows run", { size: 12, anchor: "end", soft: true }),
     range(E).map((e) => label(left + e * step + width / 2, bottom + 18, `${view.rows[e]}`, { anchor: "middle", mono: true, size: 13 })),
     label(2, bottom + 58, "Which tests pass?", { weight: 600 }),
-    label(left + 40, bottom + 58, "solid: first choice, dashed: second; disc: the expert ran, larger for a larger weight", { size: 12, soft: true }),
+    label(left, bottom + 35, "solid: first choice, dashed: second; disc: the expert ran, larger for a larger weight", { size: 12, soft: true }),
     tests.map((name, i) => {
       const [x, y] = [2 + (i % 2) * 360, bottom + 84 + Math.floor(i / 2) * 25];
       return h("g", {},
