@@ -10,7 +10,8 @@ from itertools import cycle
 from IPython.display import clear_output
 
 from moe_edu.data import Corpus, SentencePair
-from moe_edu.figures import Snapshot, snapshots_html, training_figure
+from moe_edu.figures import training_figure
+from moe_edu.figures_html import Snapshot, snapshots_html
 from moe_edu.lessons.notebook import show
 from moe_edu.pretrained import TextTranslator
 from moe_edu.training import Record

@@ -14,7 +14,7 @@ import ipywidgets as widgets
 
 from moe_edu.config import MoEConfig
 from moe_edu.data import UNDETERMINED, get_language
-from moe_edu.figures import describe_routing, routing_html
+from moe_edu.figures_html import describe_routing, routing_html
 from moe_edu.pretrained import TextTranslator
 from moe_edu.routing import RouterOutput, expert_capacity, top2_gating
 
