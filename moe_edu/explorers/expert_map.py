@@ -64,7 +64,7 @@ def view(state: State) -> View:
         + (f", most often in {listed([_quoted(word) for word in words])}." if words else ".")
     )
     return {
-        "shown": {"row": name, "expert": str(expert)},
+        "shown": {"row": _short(name), "expert": str(expert)},
         "rows": data["codes"],
         "shares": shares,
         "row": row,
@@ -75,6 +75,11 @@ def view(state: State) -> View:
         "sentence": sentence,
         "met": [state["trained"] and share >= 0.6, bits < 0.1, state["trained"] and share < 0.002],
     }
+
+
+def _short(name: str) -> str:
+    """A language's name as it fits beside the map and its slider."""
+    return name.split(" (")[0].replace("Modern Standard ", "").replace("Western ", "")
 
 
 def _quoted(word: str) -> str:

@@ -16,7 +16,7 @@ function compute(state, data) {
   const words = found.words[row][expert];
   const [unit, title] = TITLES[state.model];
   return {
-    shown: { row: names[row], expert: String(expert) },
+    shown: { row: short(names[row]), expert: String(expert) },
     rows: codes, shares, row, expert, words, scripts: scriptsOf(expert, shares, scripts), bits: found.bits,
     sentence: `In ${title}, ${state.trained ? "trained" : "untrained"}, the chosen expert tells ${fixed(found.bits)} bits ` +
       `about the language, above chance. ${names[row]} sends ${percent(share)} of its ${unit} first to expert ${expert}` +
