@@ -72,9 +72,12 @@ def sample_examples(
 
 
 def translate_examples(
-    translator: TextTranslator, examples: Sequence[SentencePair], *, batch_size: int = 256, num_beams: int = 1
+    translator: TextTranslator, examples: Sequence[SentencePair], *, batch_size: int = 256, **options: Any
 ) -> list[str]:
-    """Translate all examples, in batches of one target language and similar length."""
+    """Translate all examples, in batches of one target language and similar length.
+
+    `options` are those of `TextTranslator.translate_batch`.
+    """
     results = [""] * len(examples)
     by_length = sorted(
         range(len(examples)), key=lambda i: (examples[i].target_language, len(examples[i].source.encode()))
@@ -87,7 +90,7 @@ def translate_examples(
             [examples[i].source for i in batch],
             to=to,
             sources=[examples[i].source_language for i in batch],
-            num_beams=num_beams,
+            **options,
         )
         for i, translation in zip(batch, translations, strict=True):
             results[i] = translation

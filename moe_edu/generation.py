@@ -1,8 +1,9 @@
 """Greedy and beam search over a key/value cache.
 
-Shapes: B sentences, W beams, L tokens so far, V vocabulary.
-Both follow `transformers` 4.x (`generation/utils.py`), token for token; tests hold them to it. Two things are done
-otherwise, for speed: a sentence that is finished leaves the batch, and the beams of a sentence share its source.
+Shapes: B sentences, W beams, R of them running, P tokens that are given, L tokens so far, V vocabulary.
+Both follow `transformers` 4.x (`generation/utils.py`), token for token; tests hold them to it. Three things are done
+otherwise, for speed: a sentence that is finished leaves the batch, the beams of a sentence share its source, and they
+are one until they differ.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Stands for "impossible" in beam scores; finite, so that adding to it never gives NaN.
 _IMPOSSIBLE = -1.0e9
+# On the CPU so many logits are made at once: they stay in its cache for the softmax and the choice of the best.
+_LOGITS_AT_ONCE = 2**18
 
 Cache = tuple[LayerCache, ...]
 
@@ -62,12 +65,16 @@ def generate(
             f"num_beams and max_new_tokens must be at least 1; got {num_beams}, {max_new_tokens}"
         )
     max_new_tokens = min(max_new_tokens, config.max_position_embeddings)
+    given = [config.decoder_start_token_id]
+    if forced_bos_token_id is not None:
+        given.append(forced_bos_token_id)
+    prompt = torch.tensor(given, device=input_ids.device).repeat(len(input_ids), 1)
+    if len(given) > max_new_tokens or forced_bos_token_id == config.eos_token_id:
+        return prompt  # nothing is left to choose
     sources = _Sources(model.encoder(input_ids, attention_mask), attention_mask)
     if num_beams == 1:
-        return _greedy(model, sources, forced_bos_token_id, max_new_tokens)
-    return _beam_search(
-        model, sources, forced_bos_token_id, num_beams, max_new_tokens, length_penalty, early_stopping
-    )
+        return _greedy(model, sources, prompt, max_new_tokens)
+    return _beam_search(model, sources, prompt, num_beams, max_new_tokens, length_penalty, early_stopping)
 
 
 class _Sources(NamedTuple):
@@ -83,26 +90,15 @@ class _Sources(NamedTuple):
         )
 
 
-def _next_log_probs(
-    model: MoETranslator, sources: _Sources, last_token: Tensor, cache: Cache | None, forced: int | None
+def _decode(
+    model: MoETranslator, sources: _Sources, tokens: Tensor, cache: Cache | None
 ) -> tuple[Tensor, Cache]:
-    """`[B * W, 1]` tokens and the cache to fp32 log-probabilities `[B * W, V]` and the next cache.
-
-    Without a cache, at the first step, only `forced` is possible where it is given.
-    """
-    output = model(
-        attention_mask=sources.mask,
-        decoder_input_ids=last_token,
-        encoder_output=sources.encoded,
-        cache=cache,
-        use_cache=True,
+    """The tokens behind those cached `[B * R, L]` to the last one's hidden states `[B * R, D]` and the next cache."""
+    output = model.decoder(
+        tokens, sources.encoded.last_hidden_state, sources.mask, cache=cache, use_cache=True
     )
-    log_probs = output.logits[:, -1].float().log_softmax(-1)
-    if cache is None and forced is not None:
-        log_probs.fill_(-torch.inf)
-        log_probs[:, forced] = 0.0
-    assert output.decoder.cache is not None
-    return log_probs, output.decoder.cache
+    assert output.cache is not None
+    return output.last_hidden_state[:, -1], output.cache
 
 
 def _are_independent(config: MoEConfig) -> bool:
@@ -111,31 +107,33 @@ def _are_independent(config: MoEConfig) -> bool:
     return not sparse or config.moe_eval_capacity_token_fraction >= 1
 
 
-def _greedy(model: MoETranslator, sources: _Sources, forced: int | None, max_new_tokens: int) -> Tensor:
+def _greedy(model: MoETranslator, sources: _Sources, prompt: Tensor, max_new_tokens: int) -> Tensor:
     config = model.config
-    B, device = sources.encoded.last_hidden_state.shape[0], sources.encoded.last_hidden_state.device
+    (B, length), device = prompt.shape, prompt.device
     tokens = torch.full((B, 1 + max_new_tokens), config.pad_token_id, device=device)
-    tokens[:, 0] = config.decoder_start_token_id
+    tokens[:, :length] = prompt
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     going = torch.arange(B, device=device)  # the rows of `tokens` that are in the batch
-    cache, length = None, 0
-    while length < max_new_tokens and not finished.all():
-        log_probs, cache = _next_log_probs(model, sources, tokens[going, length : length + 1], cache, forced)
-        length += 1
-        token = log_probs.argmax(-1).masked_fill(finished[going], config.pad_token_id)
+    cache, last = None, prompt
+    while length <= max_new_tokens and not finished.all():
+        hidden, cache = _decode(model, sources, last, cache)
+        token = model.vocabulary_logits(hidden).argmax(-1).masked_fill(finished[going], config.pad_token_id)
         tokens[going, length] = token
         finished[going] |= token == config.eos_token_id
         stay = (~finished[going]).nonzero()[:, 0]
         if len(stay) < len(going) and _are_independent(config):
             going, sources, cache = going[stay], sources.take(stay), _select(cache, stay, stay)
-    return tokens[:, : 1 + length]
+        last = tokens[going, length : length + 1]
+        length += 1
+    return tokens[:, :length]
 
 
 class _Beams(NamedTuple):
-    """The hypotheses of B sentences, W running and W finished each, both sorted by score.
+    """The hypotheses of B sentences, at most W running and W finished each, both sorted by score.
 
-    running, done: `[B, W, 1 + max_new_tokens]` tokens.
-    running_scores: `[B, W]` sums of log-probabilities; done_scores: the same over length to the penalty's power.
+    running, done: `[B, R, 1 + max_new_tokens]` and `[B, W, 1 + max_new_tokens]` tokens.
+    running_scores: `[B, R]` sums of log-probabilities.
+    done_scores: `[B, W]`, the same over length to the penalty's power.
     done_lengths: `[B, W]` tokens written, `</s>` included.
     is_done: `[B, W]` bool, whether there is a finished hypothesis at that place.
     can_improve: `[B]` bool, whether a running hypothesis may still beat the worst that is finished.
@@ -150,14 +148,21 @@ class _Beams(NamedTuple):
     can_improve: Tensor
 
     @classmethod
-    def start(cls, B: int, W: int, max_new_tokens: int, config: MoEConfig, device: torch.device) -> _Beams:
-        tokens = torch.full((B, W, 1 + max_new_tokens), config.pad_token_id, device=device)
-        tokens[:, :, 0] = config.decoder_start_token_id
-        impossible = torch.full((B, W), _IMPOSSIBLE, device=device)
-        scores = impossible.clone()
-        scores[:, 0] = 0.0  # all beams are equal at the start: only one may branch
+    def start(cls, prompt: Tensor, W: int, max_new_tokens: int, pad: int) -> _Beams:
+        """One running hypothesis a sentence, which is its `prompt [B, P]`."""
+        (B, P), device = prompt.shape, prompt.device
+        running = torch.full((B, 1, 1 + max_new_tokens), pad, device=device)
+        running[:, 0, :P] = prompt
         nothing = torch.zeros(B, W, dtype=torch.long, device=device)
-        return cls(tokens, scores, tokens, impossible, nothing, nothing.bool(), nothing[:, 0] == 0)
+        return cls(
+            running=running,
+            running_scores=torch.zeros(B, 1, device=device),
+            done=running.expand(B, W, 1 + max_new_tokens),
+            done_scores=torch.full((B, W), _IMPOSSIBLE, device=device),
+            done_lengths=nothing,
+            is_done=nothing.bool(),
+            can_improve=nothing[:, 0] == 0,
+        )
 
     def settled(self, early_stopping: bool) -> Tensor:
         """`[B]` bool: nothing that comes can change the translation."""
@@ -170,24 +175,25 @@ class _Beams(NamedTuple):
 def _beam_search(
     model: MoETranslator,
     sources: _Sources,
-    forced: int | None,
+    prompt: Tensor,
     W: int,
     max_new_tokens: int,
     length_penalty: float,
     early_stopping: bool,
 ) -> Tensor:
     config = model.config
-    B, device = sources.encoded.last_hidden_state.shape[0], sources.encoded.last_hidden_state.device
-    beams = _Beams.start(B, W, max_new_tokens, config, device)
+    (B, P), device = prompt.shape, prompt.device
+    beams = _Beams.start(prompt, W, max_new_tokens, config.pad_token_id)
     best = beams.done[:, 0].clone()
     lengths = torch.zeros(B, dtype=torch.long, device=device)
     going = torch.arange(B, device=device)  # the rows of `best` that are in the batch
-    cache: Cache | None = None
-    for length in range(1, max_new_tokens + 1):
-        last_token = beams.running[:, :, length - 1].reshape(-1, 1)
-        log_probs, cache = _next_log_probs(model, sources, last_token, cache, forced)
+    cache, last = None, prompt
+    for length in range(P, max_new_tokens + 1):
+        R = beams.running.shape[1]
+        hidden, cache = _decode(model, sources, last, cache)
+        candidates = _best_candidates(model, hidden, beams.running_scores, 2 * W)
         beams, parents = _extend(
-            beams, log_probs, length, length_penalty, early_stopping, config.eos_token_id
+            beams, candidates, length, length_penalty, early_stopping, config.eos_token_id
         )
         settled = beams.settled(early_stopping)
         over = length == max_new_tokens or bool(settled.all())
@@ -197,52 +203,83 @@ def _beam_search(
         if over:
             break
         stay = (~leave).nonzero()[:, 0]
-        rows = (stay[:, None] * W + parents[stay]).view(-1)
+        rows = (stay[:, None] * R + parents[stay]).view(-1)
         if len(stay) < len(going):
             going, sources, beams = going[stay], sources.take(stay), beams.take(stay)
             cache = _select(cache, rows, stay)
         else:
             cache = _select(cache, rows)
+        last = beams.running[:, :, length].reshape(-1, 1)
     return best[:, : 1 + int(lengths.max())]
 
 
+class _Candidates(NamedTuple):
+    """The best ways to go on for each sentence, best first, each `[B, C]`.
+
+    scores: sums of log-probabilities.
+    parent: the running hypothesis to go on from.
+    token: the one to write.
+    """
+
+    scores: Tensor
+    parent: Tensor
+    token: Tensor
+
+
+def _best_candidates(model: MoETranslator, hidden: Tensor, running_scores: Tensor, count: int) -> _Candidates:
+    """From the last hidden states `[B * R, D]` and the scores `[B, R]`; C is `count`, or R * V where that is less."""
+    (B, R), V = running_scores.shape, model.config.vocab_size
+    at_once = max(1, _LOGITS_AT_ONCE // (R * V)) if hidden.device.type == "cpu" else B
+    best = []
+    for states, scores in zip(
+        hidden.view(B, R, -1).split(at_once), running_scores.split(at_once), strict=True
+    ):
+        log_probs = model.vocabulary_logits(states).float().log_softmax(-1)
+        best.append(log_probs.add_(scores[:, :, None]).flatten(1).topk(min(count, R * V)))
+    values, indices = zip(*best, strict=True)
+    index = torch.cat(indices)
+    return _Candidates(torch.cat(values), index // V, index % V)
+
+
 def _extend(
-    beams: _Beams, log_probs: Tensor, length: int, length_penalty: float, early_stopping: bool, eos: int
+    beams: _Beams,
+    new: _Candidates,
+    length: int,
+    length_penalty: float,
+    early_stopping: bool,
+    eos: int,
 ) -> tuple[_Beams, Tensor]:
-    """Write token number `length` of every hypothesis, whose `log_probs [B * W, V]` are overwritten.
+    """Write token number `length` of every hypothesis.
+
+    `new` are twice as many candidates as beams: even if W of them end here, W are left to go on.
 
     Returns:
-        The beams, and `[B, W]`: which beam of its sentence each running hypothesis goes on from.
+        The beams, and which beam of its sentence each running hypothesis goes on from, `[B, R]`.
     """
-    (B, W), V = beams.running_scores.shape, log_probs.shape[-1]
-    device = log_probs.device
+    (B, W), C, device = beams.done_scores.shape, new.scores.shape[1], new.scores.device
     rows = torch.arange(B, device=device)[:, None]
-    totals = log_probs.view(B, W, V).add_(beams.running_scores[:, :, None]).view(B, W * V)
-    # Twice as many candidates as beams: even if W of them end here, W are left to go on.
-    scores, index = totals.topk(2 * W)
-    parent, token = index // V, index % V
-    candidates = beams.running[rows, parent]
-    candidates[:, :, length] = token
-    ends = (token == eos) | (length == beams.running.shape[2] - 1)
+    candidates = beams.running[rows, new.parent]
+    candidates[:, :, length] = new.token
+    ends = (new.token == eos) | (length == beams.running.shape[2] - 1)
 
     # Finished: of the W best candidates, those that end; merged with those finished before.
-    eligible = ends & (torch.arange(2 * W, device=device) < W)
-    final = scores / length**length_penalty
+    eligible = ends & (torch.arange(C, device=device) < W)
+    final = new.scores / length**length_penalty
     closed = beams.settled(early_stopping)[:, None]
     final = final + _IMPOSSIBLE * (~eligible).float() + _IMPOSSIBLE * closed.float()
     done_scores, best = torch.cat([beams.done_scores, final], 1).topk(W)
     done = torch.cat([beams.done, candidates], 1)[rows, best]
     is_done = torch.cat([beams.is_done, eligible], 1)[rows, best]
-    done_lengths = torch.cat([beams.done_lengths, torch.full_like(token, length)], 1)[rows, best]
+    done_lengths = torch.cat([beams.done_lengths, torch.full_like(new.token, length)], 1)[rows, best]
 
     # Running: the W best candidates that do not end.
-    running_scores, survivors = (scores + _IMPOSSIBLE * ends.float()).topk(W)
+    running_scores, survivors = (new.scores + _IMPOSSIBLE * ends.float()).topk(min(W, C))
     running = candidates[rows, survivors]
 
     worst = done_scores.amin(1).where(is_done.all(1), _IMPOSSIBLE)
     can_improve = beams.can_improve & (running_scores[:, 0] / length**length_penalty > worst)
     extended = _Beams(running, running_scores, done, done_scores, done_lengths, is_done, can_improve)
-    return extended, parent.gather(1, survivors)
+    return extended, new.parent.gather(1, survivors)
 
 
 def _select(cache: Cache, rows: Tensor, sources: Tensor | None = None) -> Cache:

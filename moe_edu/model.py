@@ -315,8 +315,11 @@ class MoETranslator(nn.Module):
             output_attentions,
             output_hidden_states,
         )
-        logits = F.linear(decoded.last_hidden_state, self.shared.weight)
-        return TranslatorOutput(logits, encoder_output, decoded)
+        return TranslatorOutput(self.vocabulary_logits(decoded.last_hidden_state), encoder_output, decoded)
+
+    def vocabulary_logits(self, hidden: Tensor) -> Tensor:
+        """The decoder's hidden states `[..., D]` to logits `[..., V]`, with the embedding as output layer."""
+        return F.linear(hidden, self.shared.weight)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Translate by greedy or beam search; see `moe_edu.generation.generate` for the options."""

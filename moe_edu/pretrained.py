@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,11 +76,15 @@ class TextTranslator:
         sources: Sequence[str],
         num_beams: int = 1,
         max_new_tokens: int = 96,
+        generate: Callable[..., Tensor] | None = None,
     ) -> list[str]:
-        """Translate phrases side by side into one language; arguments and errors as `translate`."""
+        """Translate phrases side by side into one language; arguments and errors as `translate`.
+
+        `generate` is called in the place of `self.model.generate`, as `Trainer.generate` is during a run.
+        """
         require_languages([to], self.tokenizer.languages, "this model")
         ids, mask = self._encode(texts, sources)
-        generated = self.model.generate(
+        generated = (generate or self.model.generate)(
             ids,
             mask,
             forced_bos_token_id=self.tokenizer.language_id(to),

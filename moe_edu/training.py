@@ -118,12 +118,12 @@ class Trainer:
         """
         if not self.model.training:
             self.model.train()
-        self.gradients.zero_()
         shards = cut_shards(
             batch, resolve_shards(self.settings, self.device), self.settings.seed, self.steps_done
         )
         if self.workers is not None:
             self.workers.start(shards[1:])
+        self.gradients.zero_()
         scale = self.scaler.scale(self.gradients.new_ones(()))
         local = shards if self.workers is None else shards[:1]
         results = [add_gradients(self.model, shard, self.settings, self.pieces, scale) for shard in local]
@@ -146,6 +146,12 @@ class Trainer:
         self.steps_done += 1
         metrics = tuple(layer for result in results for layer in result.expert_metrics)
         return StepResult(loss, metrics, mean_load(results), norm)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """As `model.generate`, by all processes of the run; the model must be in eval mode."""
+        if self.workers is None:
+            return self.model.generate(input_ids, attention_mask, **options)
+        return self.workers.generate(self.model, input_ids, attention_mask, **options)
 
 
 def train(
@@ -216,10 +222,10 @@ def train(
         history, progress = run_loop(
             trainer, translator, batches, valid, directory, resume, on_record, show_progress, checkpoint_every
         )
+        trainer.model.eval()
+        examples = sample_examples(corpus, "test", targets, test_sentences, settings.seed, sources)
+        test = evaluate(translator, examples, generate=trainer.generate)
         workers_mb = 0.0 if workers is None else workers.peak_memory_mb()
-    trainer.model.eval()
-    examples = sample_examples(corpus, "test", targets, test_sentences, settings.seed, sources)
-    test = evaluate(translator, examples)
     own_mb = peak_memory_mb()
     summary = {
         "seconds": round(progress.seconds, 1),
@@ -300,7 +306,7 @@ def run_loop(
                 record = make_record(result, batch, progress, trainer.optimizer.param_groups[0]["lr"])
                 if evaluating and valid:
                     trainer.model.eval()
-                    score = evaluate(translator, valid).overall
+                    score = evaluate(translator, valid, generate=trainer.generate).overall
                     record |= {"valid/chrf": score.chrf, "valid/exact_match": score.exact_match}
                 log.append(record)
                 bar.n = round(100 * min(progress.fraction(settings), 1))

@@ -1,4 +1,4 @@
-"""Worker processes: each computes the gradients of its shards on weights that all processes share.
+"""Worker processes: each computes the gradients of its shards, or translates, on weights that all processes share.
 
     main process      shard 0 | + gradients of the others, clip, AdamW, write the weights | shard 0 of the next batch
     worker            shard 1 |                     waits                                 | shard 1
@@ -18,27 +18,35 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from moe_edu.gradients import Shard, ShardResult, add_gradients, bind_parameters
-from moe_edu.losses import MoELoss
 from moe_edu.machine import peak_memory_mb
-from moe_edu.metrics import ExpertMetrics
 from moe_edu.model import MoETranslator
 from moe_edu.settings import TrainingSettings
 
 
+class Sentences(NamedTuple):
+    """Sentences to translate: ids and mask `[B, S]`, and the options of `moe_edu.generation.generate`."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    options: dict[str, Any]
+
+
 class WorkerPool:
-    """`count` worker processes for models like `model`; a context manager, which ends them.
+    """`count` worker processes for models like `model`, on the CPU; a context manager, which ends them.
 
     While it is open, this process and each worker use their share of PyTorch's CPU threads.
 
     Attributes:
         count: the workers, this process left out.
-        weights, gradients: `[parameters]` each, shared memory for the main process's own model.
+        weights, gradients: `[parameters]` each, shared memory for the main process's own model. The weights are those
+            of `model` at first, and what is written there is what the workers compute with.
     """
 
     def __init__(self, count: int, model: MoETranslator, settings: TrainingSettings) -> None:
@@ -50,6 +58,8 @@ class WorkerPool:
         self._folder = tempfile.TemporaryDirectory(prefix="moe_edu_", ignore_cleanup_errors=True)
         path = Path(self._folder.name) / "weights_and_gradients.bin"
         self.weights, self.gradients, *self._theirs = map_shared(path, size, count)
+        with torch.no_grad():
+            self.weights.copy_(parameters_to_vector(model.parameters()))
         self._processes: list[subprocess.Popen[bytes]] = []
         # The worker must find this package, also where a notebook has put it on the path.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
@@ -74,9 +84,31 @@ class WorkerPool:
         """Wait for the `count` shards that were started, and add their gradients to `gradients`, in order."""
         results = []
         for process, theirs in zip(self._processes[:count], self._theirs, strict=False):
-            results.append(_unpack(_receive(process)))
+            results.append(_receive(process))
             self.gradients.add_(theirs)
         return results
+
+    def generate(
+        self, model: MoETranslator, input_ids: Tensor, attention_mask: Tensor, **options: Any
+    ) -> Tensor:
+        """As `model.generate`, with the sentences dealt out by length to all processes.
+
+        `model` is the main process's, in eval mode, and has the weights that are shared. Where sentences compete for
+        the room of the experts, they stay together, in this process.
+        """
+        competing = model.config.moe_eval_capacity_token_fraction < 1
+        shares = deal(attention_mask.sum(dim=1), 1 if competing else self.count + 1)
+        own, *others = (_trim(input_ids[rows], attention_mask[rows], options) for rows in shares)
+        busy = self._processes[: len(others)]
+        for process, sentences in zip(busy, others, strict=True):
+            _request(process, sentences)
+        tokens = [model.generate(own.input_ids, own.attention_mask, **options)]
+        tokens += [_receive(process) for process in busy]
+        longest = max(part.shape[1] for part in tokens)
+        joined = tokens[0].new_full((len(input_ids), longest), model.config.pad_token_id)
+        for rows, part in zip(shares, tokens, strict=True):
+            joined[rows, : part.shape[1]] = part
+        return joined
 
     def peak_memory_mb(self) -> float:
         """The sum of the workers' peaks, in MB; 0 where the system does not say."""
@@ -104,27 +136,51 @@ def map_shared(path: Path, size: int, workers: int) -> tuple[Tensor, ...]:
     )
 
 
+def deal(lengths: Tensor, parts: int) -> list[Tensor]:
+    """The numbers of sentences of `lengths [B]` in at most `parts` parts of about as many tokens, the longest first.
+
+    Sentences of like length take as many steps: in a part of their own the short ones do not wait for the long ones.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    before = lengths[order].cumsum(0) - lengths[order]
+    part = before * parts // lengths.sum()
+    return [order[part == index] for index in part.unique()]
+
+
+def _trim(input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) -> Sentences:
+    """Without the columns behind the last word."""
+    width = 1 + int(attention_mask.any(dim=0).nonzero().max())
+    return Sentences(input_ids[:, :width], attention_mask[:, :width], options)
+
+
 def main() -> None:
-    """A worker: compute the gradients of each shard that comes in, until the pipe closes."""
+    """A worker: answer each request until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     path, size, count, index, config, settings, threads = pickle.load(requests)
     torch.set_num_threads(threads)
-    model = MoETranslator(config).train()
+    model = MoETranslator(config)
     weights, _, *gradients = map_shared(path, size, count)
     bind_parameters(model, weights, gradients[index])
     _send(replies, "ready")
     while True:
         try:
-            shard = pickle.load(requests)
+            request = pickle.load(requests)
         except EOFError:
             return
-        if shard is None:
+        if request is None:
             _send(replies, peak_memory_mb())
-        else:
+            continue
+        training = isinstance(request, Shard)
+        if model.training != training:
+            model.train(training)
+        if training:
             gradients[index].zero_()
-            _send(replies, _pack(add_gradients(model, shard, settings)))
+            _send(replies, add_gradients(model, request, settings))
+        else:
+            ids, mask, options = request
+            _send(replies, model.generate(ids, mask, **options))
 
 
 def _request(process: subprocess.Popen[bytes], value: object) -> None:
@@ -151,28 +207,16 @@ def _ended(process: subprocess.Popen[bytes]) -> RuntimeError:
     )
 
 
+class _Pickler(pickle.Pickler):
+    """Tensors travel as arrays, without their history: to pickle them as tensors takes longer than some layers."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (torch.from_numpy, (value.detach().numpy(),)) if isinstance(value, Tensor) else NotImplemented
+
+
 def _send(pipe: Any, value: object) -> None:
-    pickle.dump(value, pipe, protocol=pickle.HIGHEST_PROTOCOL)
+    _Pickler(pipe, pickle.HIGHEST_PROTOCOL).dump(value)
     pipe.flush()
-
-
-# Pickling a tensor takes longer than some layers: results travel as arrays.
-def _pack(result: ShardResult) -> tuple[Any, ...]:
-    loss, metrics, load = result
-    return (
-        torch.stack(list(loss)).numpy(),
-        [torch.stack(list(layer)).detach().numpy() for layer in metrics],
-        {layer: shares.numpy() for layer, shares in load.items()},
-    )
-
-
-def _unpack(packed: tuple[Any, ...]) -> ShardResult:
-    loss, metrics, load = packed
-    return ShardResult(
-        MoELoss(*torch.from_numpy(loss).unbind()),
-        tuple(ExpertMetrics(*torch.from_numpy(layer).unbind()) for layer in metrics),
-        {layer: torch.from_numpy(shares) for layer, shares in load.items()},
-    )
 
 
 if __name__ == "__main__":

@@ -107,9 +107,20 @@ def test_a_finished_sentence_leaves_unless_it_competes_for_experts(tiny_config, 
     batches = []
     model.decoder.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     model.generate(torch.randint(3, 9, (6, 5)), num_beams=num_beams, max_new_tokens=12)
-    assert batches[0] == 6 * num_beams
-    assert batches == sorted(batches, reverse=True)
-    assert (batches[-1] < batches[0]) == (fraction == 1)
+    first, *others = batches
+    assert first == 6, "before their first choice the beams of a sentence are one"
+    assert num_beams == 1 or others[0] == 6 * num_beams
+    assert others == sorted(others, reverse=True)
+    assert (others[-1] < 6 * num_beams) == (fraction == 1)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_forced_token_that_leaves_no_choice(tiny_config, num_beams):
+    model = make_model(tiny_config())
+    source = torch.randint(3, 29, (2, 5))
+    for forced, max_new_tokens in ((7, 1), (EOS, 1), (EOS, 8)):
+        options = {"forced_bos_token_id": forced, "max_new_tokens": max_new_tokens}
+        assert model.generate(source, num_beams=num_beams, **options).tolist() == [[START, forced]] * 2
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -1,5 +1,6 @@
 """Shards and the processes that compute them: the same weights on one process as on several."""
 
+import itertools
 import os
 import signal
 
@@ -11,9 +12,11 @@ from moe_edu.gradients import add_gradients, bind_parameters, cut_shards
 from moe_edu.model import MoETranslator
 from moe_edu.settings import TrainingSettings, small_config
 from moe_edu.training import Trainer, start_workers
+from moe_edu.workers import deal
 
 BALLAST_MB = 500
 SETTINGS = TrainingSettings(batch_tokens=300, vocab_size=600, seed=3)
+SETTINGS_OF_THREE = TrainingSettings(batch_tokens=300, vocab_size=600, seed=3, shards=3)
 
 
 def make_model(**fields) -> MoETranslator:
@@ -34,6 +37,11 @@ def batches() -> list[Batch]:
     tokenizer = Tokenizer.train(corpus.train.texts(), corpus.languages, 600)
     stream = PairBatches(corpus, tokenizer, batch_tokens=300, seed=1).stream()
     return [next(stream) for _ in range(6)]
+
+
+@pytest.fixture(scope="module")
+def source(batches) -> tuple[torch.Tensor, torch.Tensor]:
+    return batches[0].source_ids, batches[0].source_mask
 
 
 def train_steps(model: MoETranslator, batches: list[Batch], settings: TrainingSettings, processes: int):
@@ -166,3 +174,56 @@ def test_workers_end_with_the_run(batches):
 def test_processes_must_fit_the_shards(processes):
     with pytest.raises(ValueError, match="processes must be 1 or the number of shards, 2"):
         start_workers(make_model(), SETTINGS, processes)
+
+
+class TestGenerate:
+    """`WorkerPool.generate` writes what one process writes."""
+
+    @pytest.mark.parametrize("num_beams", [1, 3])
+    @pytest.mark.parametrize("first", [None, 5])
+    def test_all_processes_write_what_one_writes(self, source, num_beams, first):
+        model = make_model().eval()
+        options = {"num_beams": num_beams, "forced_bos_token_id": first, "max_new_tokens": 6}
+        expected = model.generate(*source, **options)
+        with start_workers(model, SETTINGS_OF_THREE, 3) as workers:
+            assert torch.equal(workers.generate(model, *source, **options), expected)
+            single = workers.generate(model, source[0][:1], source[1][:1], **options)
+        width = int((expected[0] != 1).sum())
+        assert torch.equal(single[0][:width], expected[0][:width])
+
+    def test_a_run_translates_with_the_weights_of_its_last_step(self, batches, source):
+        model = make_model(dropout=0.5)
+        with start_workers(model, SETTINGS, 2) as workers:
+            trainer = Trainer(model, SETTINGS, workers=workers)
+            before = model.eval().generate(*source, max_new_tokens=6)
+            for batch in batches:
+                trainer.step(batch, 3e-2)
+            model.eval()
+            together = trainer.generate(*source, max_new_tokens=6)
+            assert torch.equal(together, model.generate(*source, max_new_tokens=6))
+            assert together.shape != before.shape or not torch.equal(together, before), "nothing was learnt"
+            # Back in training mode, with dropout, in all processes.
+            losses = [trainer.step(batches[0], 0.0).loss.total for _ in range(2)]
+            assert losses[0] != losses[1]
+
+    def test_sentences_that_compete_for_experts_stay_together(self, source):
+        model = make_model(moe_eval_capacity_token_fraction=0.1).eval()
+        alone = model.generate(*source, max_new_tokens=6)
+        sizes = []
+        model.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        with start_workers(model, SETTINGS, 2) as workers:
+            assert torch.equal(workers.generate(model, *source, max_new_tokens=6), alone)
+        assert sizes == [len(source[0])]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [[3], [5, 5], [100, 1, 1], [1, 2, 3, 4, 5, 6, 7, 8], [4] * 7])
+def test_deal_gives_each_part_like_lengths_and_as_many_tokens(lengths, parts):
+    lengths = torch.tensor(lengths)
+    dealt = deal(lengths, parts)
+    assert 1 <= len(dealt) <= parts
+    assert sorted(torch.cat(dealt).tolist()) == list(range(len(lengths)))
+    for longer, shorter in itertools.pairwise(dealt):
+        assert lengths[longer].min() >= lengths[shorter].max()
+    for rows in dealt:
+        assert 0 < lengths[rows].sum() <= lengths.sum() / parts + lengths.max()

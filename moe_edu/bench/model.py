@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from moe_edu.model import MoETranslator
 from moe_edu.pretrained import load_pretrained
 from moe_edu.settings import TrainingSettings, small_config
 from moe_edu.training import Trainer, start_workers
+from moe_edu.workers import WorkerPool
 
 OURS, REFERENCE = "moe_edu", "transformers"
 TARGET = "eng_Latn"
@@ -42,7 +45,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """`processes` are those that our training ran in; the reference has PyTorch's threads in one."""
+    """`processes` are those that our model ran in; the reference has PyTorch's threads in one."""
 
     training: Comparison
     generation: Comparison
@@ -72,18 +75,19 @@ def run_model_bench(
     shipped = load_pretrained()
     pairs = sample_examples(load_corpus(), "valid", [TARGET], sentences, settings.seed)
     (source,) = eval_batches(pairs, shipped.tokenizer, batch_tokens=10**9)
-    generation = _compare_generation(
-        shipped.model,
-        make_reference(shipped.model),
-        source,
-        beams,
-        shipped.tokenizer.language_id(TARGET),
-        repeats,
-    )
     stream = PairBatches(corpus, tokenizer, batch_tokens=settings.batch_tokens, seed=settings.seed).stream()
     data = [next(stream) for _ in range(batches)]
-    training, used = _compare_training(model, make_reference(model), data, settings, processes, repeats)
-    return ModelResult(training, generation, used, beams)
+    options = {
+        "forced_bos_token_id": shipped.tokenizer.language_id(TARGET),
+        "num_beams": beams,
+        "max_new_tokens": 64,
+    }
+    threads = torch.get_num_threads()
+    with start_workers(shipped.model, settings, processes) as workers:
+        generation = _compare_generation(shipped.model, source, options, workers, threads, repeats)
+    with start_workers(model, settings, processes) as workers:
+        training = _compare_training(model, data, settings, workers, threads, repeats)
+    return ModelResult(training, generation, 1 if workers is None else workers.count + 1, beams)
 
 
 def make_reference(model: MoETranslator) -> nn.Module:
@@ -103,20 +107,40 @@ def make_reference(model: MoETranslator) -> nn.Module:
 
 
 def _compare_generation(
-    model: MoETranslator, reference: Any, source: Batch, beams: int, forced: int, repeats: int
+    model: MoETranslator,
+    source: Batch,
+    options: dict[str, int],
+    workers: WorkerPool | None,
+    threads: int,
+    repeats: int,
 ) -> Comparison:
-    options = {"forced_bos_token_id": forced, "num_beams": beams, "max_new_tokens": 64}
+    """Both translate the same sentences, the reference on `threads` threads."""
+    reference: Any = make_reference(model).eval()
     model.eval()
-    reference.eval()
+    generate = model.generate if workers is None else partial(workers.generate, model)
 
-    def translate(contender: Any) -> Callable[[], Tensor]:
-        return lambda: contender.generate(source.source_ids, attention_mask=source.source_mask, **options)
+    def ours() -> Tensor:
+        return generate(source.source_ids, source.source_mask, **options)
 
-    ours, theirs = translate(model), translate(reference)
+    def theirs() -> Tensor:
+        with on_threads(threads):
+            return reference.generate(source.source_ids, attention_mask=source.source_mask, **options)
+
     _check_agreement(model, reference, source, ours(), theirs())
     timings = time_in_turn({OURS: ours, REFERENCE: theirs}, repeats)
     tokens = int((ours() != model.config.pad_token_id).sum())
     return Comparison(timings[OURS], timings[REFERENCE], tokens)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Compute on `count` CPU threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_agreement(
@@ -141,36 +165,31 @@ def _check_agreement(
 
 def _compare_training(
     model: MoETranslator,
-    reference: Any,
     data: Sequence[Batch],
     settings: TrainingSettings,
-    processes: int | None,
+    workers: WorkerPool | None,
+    threads: int,
     repeats: int,
-) -> tuple[Comparison, int]:
-    """Both train on the same batches with AdamW and clipping; ours also balances its experts and keeps metrics."""
-    reference.train()
+) -> Comparison:
+    """Both train on the same batches with AdamW and clipping, the reference on `threads` threads; ours also balances
+    its experts and keeps metrics."""
+    reference = make_reference(model).train()
     optimizer = torch.optim.AdamW(reference.parameters(), settings.learning_rate, (0.9, 0.98), fused=True)
-    all_threads = torch.get_num_threads()
-    with start_workers(model, settings, processes) as workers:
-        trainer = Trainer(model, settings, workers=workers)
-        own_threads = torch.get_num_threads()
+    trainer = Trainer(model, settings, workers=workers)
 
-        def train_ours() -> None:
-            for batch in data:
-                trainer.step(batch, settings.learning_rate)
+    def train_ours() -> None:
+        for batch in data:
+            trainer.step(batch, settings.learning_rate)
 
-        def train_reference() -> None:
-            torch.set_num_threads(all_threads)
+    def train_reference() -> None:
+        with on_threads(threads):
             for batch in data:
                 _reference_step(reference, optimizer, batch, settings)
-            torch.set_num_threads(own_threads)
 
-        train_ours()
-        train_reference()
-        timings = time_in_turn({OURS: train_ours, REFERENCE: train_reference}, repeats)
-    tokens = sum(batch.num_tokens for batch in data)
-    used = 1 if workers is None else workers.count + 1
-    return Comparison(timings[OURS], timings[REFERENCE], tokens), used
+    train_ours()
+    train_reference()
+    timings = time_in_turn({OURS: train_ours, REFERENCE: train_reference}, repeats)
+    return Comparison(timings[OURS], timings[REFERENCE], sum(batch.num_tokens for batch in data))
 
 
 def _reference_step(
@@ -202,7 +221,7 @@ def format_model_result(result: ModelResult) -> str:
         )
         lines.append(f"{name:12} {speeds[0]:10.0f} {speeds[1]:13.0f} {part.speedup:7.2f}x   {spreads}")
     lines.append(
-        f"moe_edu trains in {result.processes} process(es), transformers in one with all threads. Training counts\n"
+        f"moe_edu runs in {result.processes} process(es), transformers in one with all threads. Training counts\n"
         "source and target tokens, generation those written, padding neither."
     )
     return "\n".join(lines)
