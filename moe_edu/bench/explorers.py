@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from moe_edu.bench.lab import Lab, explain_missing_lab, open_lab
 from moe_edu.bench.options import json_option, plot_option
 from moe_edu.bench.pictures import explorers_svg
 from moe_edu.bench.plot import write_plot
-from moe_edu.bench.report import this_machine
+from moe_edu.bench.report import format_machine, this_machine, write_json
 from moe_edu.browser import open_browser
 
 BOX = "translate_box"  # measured beside the explorers: what the lessons compute in Python while the reader types
@@ -148,6 +147,8 @@ def explorers(
     advice = explain_missing_lab()
     if python and advice is not None:
         click.echo(f"without the way through Python: {advice}")
+    machine = this_machine()
+    click.echo(format_machine(machine))
     results = []
     click.echo(f"{'explorer':18} {'way':8} {'median ms':>10} {'slowest ms':>11} {'redraws':>8}")
     try:
@@ -167,7 +168,6 @@ def explorers(
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
     if json_path is not None:
-        text = json.dumps([result._asdict() for result in results], indent=2)
-        json_path.write_text(text + "\n", encoding="utf-8")
+        write_json(json_path, machine, results=[result._asdict() for result in results])
     if plot_path is not None:
-        write_plot(plot_path, explorers_svg(results, this_machine()))
+        write_plot(plot_path, explorers_svg(results, machine))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_edu.bench.report import Machine
+from moe_edu.bench.report import Machine, write_json
 from moe_edu.bench.timing import Timing, time_in_turn
 from moe_edu.data import Batch, PairBatches, Tokenizer, eval_batches, load_corpus
 from moe_edu.evaluation import sample_examples
@@ -230,5 +229,4 @@ def format_model_result(result: ModelResult) -> str:
 def write_model_json(path: Path, machine: Machine, result: ModelResult) -> None:
     """Every number of the table, and those behind it."""
     speedups = {"training": result.training.speedup, "generation": result.generation.speedup}
-    document = {"machine": asdict(machine), "result": asdict(result), "speedup": speedups}
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(path, machine, result=asdict(result), speedup=speedups)

@@ -22,9 +22,12 @@ def measured(tmp_path, *options):
     output = tmp_path / "times.json"
     done = bench("--json", str(output), *options)
     assert done.returncode == 0, done.stderr
-    results = json.loads(output.read_text("utf-8"))
+    document = json.loads(output.read_text("utf-8"))
+    results = document["results"]
     assert all(0 < result["median_ms"] <= result["slowest_ms"] for result in results)
-    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    machine, _, *table = done.stdout.splitlines()
+    assert machine.startswith(document["machine"]["processor"])
+    rows = [line.split() for line in table]
     assert [row[:2] for row in rows] == [[result["name"], result["way"]] for result in results]
     return results
 
