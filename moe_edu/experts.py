@@ -6,9 +6,7 @@ rows behind the last expert's belong to nobody and come back as zeros.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_edu.config import MoEConfig
+from moe_edu.pages import GradientPages
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -41,6 +40,7 @@ class Experts(nn.Module):
         self.act = ACTIVATIONS[config.activation_function]
         self.dropout = config.activation_dropout
         self.backend: Backend = backend
+        self.pages = GradientPages()
         self.w1 = nn.Parameter(torch.empty(E, F_, D))
         self.b1 = nn.Parameter(torch.zeros(E, F_))
         self.w2 = nn.Parameter(torch.empty(E, D, F_))
@@ -66,7 +66,7 @@ class Experts(nn.Module):
         if rows.device.type == "cuda":
             return _grouped_cuda(rows, counts, self._hidden, weights)
         if torch.is_grad_enabled():
-            return _grouped_cpu(rows, counts, self._hidden, weights)
+            return _grouped_cpu(rows, counts, self._hidden, weights, self.pages)
         return _infer_cpu(rows, counts, self._hidden, weights)
 
     def _hidden(self, pre_activation: Tensor) -> Tensor:
@@ -119,8 +119,6 @@ Weights = Sequence[Tensor]  # w1, b1, w2, b2 in the dtype of the rows
 
 # However unevenly the router loads the experts, a pass without gradients holds the hidden activations of so many rows.
 _ROWS_AT_ONCE = 2048
-# From this size on, C libraries do not keep freed memory for the next request.
-_LARGE_BYTES = 32 * 2**20
 
 
 def _segments(sizes: Sequence[int], at_most: int | None = None) -> Iterator[tuple[int, slice]]:
@@ -192,12 +190,16 @@ def _grouped_cuda(
 
 
 def _grouped_cpu(
-    rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights
+    rows: Tensor,
+    counts: Tensor,
+    hidden: Callable[[Tensor], Tensor],
+    weights: Weights,
+    pages: GradientPages,
 ) -> Tensor:
     """`_loop` with a backward pass of its own, see `GroupedLinear`."""
     w1, b1, w2, b2 = weights
     sizes = counts.tolist()
-    return GroupedLinear.apply(hidden(GroupedLinear.apply(rows, w1, b1, sizes)), w2, b2, sizes)
+    return GroupedLinear.apply(hidden(GroupedLinear.apply(rows, w1, b1, sizes, pages)), w2, b2, sizes, pages)
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -208,9 +210,11 @@ class GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], pages: GradientPages
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sizes = sizes
+        ctx.sizes, ctx.pages = sizes, pages
         y = x.new_empty(x.shape[0], weight.shape[1])
         for expert, rows in _segments(sizes):
             torch.addmm(bias[expert], x[rows], weight[expert].T, out=y[rows])
@@ -221,10 +225,10 @@ class GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad_y = grad_y.contiguous()
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-        grad_weight = _empty_gradient(weight) if need_weight else None
+        grad_weight = ctx.pages.empty_like(weight) if need_weight else None
         grad_bias = weight.new_zeros(weight.shape[:2]) if need_bias else None
         for expert, rows in _segments(ctx.sizes):
             if grad_x is not None:
@@ -239,20 +243,4 @@ class GroupedLinear(torch.autograd.Function):
             for expert, size in enumerate(ctx.sizes):
                 if size == 0:
                     grad_weight[expert] = 0
-        return grad_x, grad_weight, grad_bias, None
-
-
-def _empty_gradient(weight: Tensor) -> Tensor:
-    """`torch.empty_like` of a contiguous CPU tensor, on huge pages where it is large and Linux has them.
-
-    C libraries give blocks of 32 MiB and more back when they are freed, so a gradient of that size is made of new pages
-    at every step: 8,192 of 4 kB, each a detour through the kernel, or 16 huge ones. It is all of a step's time by which
-    eight experts of 512 x 2048 would be slower than eight modules with a small gradient each.
-    """
-    size = weight.numel() * weight.element_size()
-    if size < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(weight, memory_format=torch.contiguous_format)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them; the pages are good all the same
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=weight.dtype).view(weight.shape)
+        return grad_x, grad_weight, grad_bias, None, None

@@ -1,8 +1,7 @@
 """Each back end against the slow loop, forward and in every gradient; the whole sparse layer likewise."""
 
 import copy
-import mmap
-import sys
+import pickle
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from hypothesis import strategies as st
 import moe_edu
 from moe_edu.config import MoEConfig
 from moe_edu.dispatch import permute, plan_dispatch, unpermute
-from moe_edu.experts import BackendChoice, Experts, _empty_gradient, _grouped_cuda, _loop, choose_backend
+from moe_edu.experts import BackendChoice, Experts, _grouped_cuda, _loop, choose_backend
 from moe_edu.layers import SparseMLP
+from moe_edu.pages import GradientPages
 from moe_edu.reference import loop_gating, loop_sparse_mlp
 from moe_edu.routing import RouterOutput, top2_gating
 
@@ -281,44 +281,56 @@ def test_auto_picks_a_back_end_that_exists():
 
 
 class TestLargeGradients:
-    """Gradients of 32 MiB and more lie on huge pages: the same numbers in another kind of memory."""
+    """Gradients of 32 MiB and more lie in memory that is used again."""
+
+    @pytest.fixture(autouse=True)
+    def every_size_is_large(self, monkeypatch):
+        monkeypatch.setattr("moe_edu.pages._LARGE_BYTES", 0)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_equal_the_float64_loop(self, dtype, monkeypatch):
-        monkeypatch.setattr("moe_edu.experts._LARGE_BYTES", 0)
+    def test_equal_the_float64_loop(self, dtype):
         check_layer(SparseMLP(make_config(5, 9, expert_capacity=3), 11, "grouped"), dtype, "cpu")
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="huge pages on demand are Linux's")
-    @pytest.mark.parametrize("advice", [None, OSError("no huge pages here")])
-    def test_a_kernel_without_huge_pages_is_as_good(self, advice, monkeypatch):
-        asked = []
-
-        class Pages(mmap.mmap):
-            def madvise(self, option, *range_):
-                asked.append(option)
-                if advice is not None:
-                    raise advice
-
-        monkeypatch.setattr("moe_edu.experts._LARGE_BYTES", 0)
-        monkeypatch.setattr(mmap, "mmap", Pages)
-        check_layer(SparseMLP(make_config(5, 9, expert_capacity=3), 11, "grouped"), torch.float32, "cpu")
-        assert set(asked) == {mmap.MADV_HUGEPAGE}
+    def test_every_step_has_its_own_gradient(self):
+        """Freed, accumulated and kept gradients, step after step, as those of the plain loop."""
+        layers = [SparseMLP(make_config(5, 9), 11, backend) for backend in ("grouped", "loop")]
+        layers[1].load_state_dict(layers[0].state_dict())
+        generator, kept = torch.Generator().manual_seed(0), []
+        for step in range(6):
+            hidden = torch.randn(2, 7, 9, generator=generator)
+            for layer in layers:
+                if step % 3 == 0:
+                    layer.zero_grad(set_to_none=True)
+                layer(hidden)[0].square().sum().backward()
+            grads = [[parameter.grad for parameter in layer.experts.parameters()] for layer in layers]
+            kept += [(grads[0][0], grads[0][0].clone())] if step == 2 else []
+            for actual, expected in zip(*grads, strict=True):
+                torch.testing.assert_close(actual, expected)
+        for gradient, copy_of_it in kept:
+            assert torch.equal(gradient, copy_of_it)
 
     def test_a_gradient_is_taken_over_without_a_copy(self, monkeypatch):
         """Else the pages would be written twice."""
         made = []
 
-        def remember(weight, make=_empty_gradient):
-            made.append(make(weight))
+        def remember(pages, weight, make=GradientPages.empty_like):
+            made.append(make(pages, weight))
             return made[-1].view(weight.shape)
 
-        monkeypatch.setattr("moe_edu.experts._LARGE_BYTES", 0)
-        monkeypatch.setattr("moe_edu.experts._empty_gradient", remember)
+        monkeypatch.setattr(GradientPages, "empty_like", remember)
         layer = SparseMLP(make_config(5, 9), 11, "grouped")
         layer(torch.randn(2, 7, 9))[0].sum().backward()
         assert {layer.experts.w1.grad.data_ptr(), layer.experts.w2.grad.data_ptr()} == {
             t.data_ptr() for t in made
         }
+
+    def test_a_layer_that_trained_can_be_copied_and_pickled(self):
+        layer = SparseMLP(make_config(5, 9), 11, "grouped")
+        hidden = torch.randn(2, 7, 9)
+        layer(hidden)[0].sum().backward()
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(other(hidden)[0], layer(hidden)[0])
+            assert other.experts.pages is not layer.experts.pages
 
 
 @pytest.mark.gpu

@@ -1,0 +1,44 @@
+"""Memory for large gradients on the CPU that is kept from step to step."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# From this size on, C libraries do not keep freed memory for the next request.
+_LARGE_BYTES = 32 * 2**20
+
+
+class GradientPages:
+    """Gives out memory for a layer's large gradients, and takes it back when no tensor holds it any more.
+
+    `zero_grad` frees the gradients. C libraries give blocks of 32 MiB and more back to the system, so that such a
+    gradient is made of new pages at every step, each a detour through the kernel, and on a virtual machine through that
+    of its host: it can take longer than the layer's products. Here as many blocks are kept as were in use at once;
+    they go with the layer, and a copy of the layer starts without any.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)  # by size in bytes
+
+    def __reduce__(self) -> tuple[type[GradientPages], tuple[()]]:
+        return GradientPages, ()
+
+    def empty_like(self, weight: Tensor) -> Tensor:
+        """An uninitialised contiguous tensor of the shape and dtype of `weight`, which is on the CPU."""
+        size = weight.numel() * weight.element_size()
+        if size < _LARGE_BYTES:
+            return torch.empty_like(weight, memory_format=torch.contiguous_format)
+        free = self._free[size]
+        try:
+            block = free.pop()
+        except IndexError:
+            block = np.empty(size, np.uint8)  # on huge pages, where the system has them
+        # The tensor and its views hold `lent`, and nothing else does. List operations are safe between threads.
+        lent = block.view()
+        weakref.finalize(lent, free.append, block).atexit = False
+        return torch.from_numpy(lent).view(weight.dtype).view(weight.shape)
