@@ -192,6 +192,14 @@ class TestMemory:
         assert reference > 134
         assert ours < reference / 4
 
+    def test_gradients_are_part_of_a_training_step(self):
+        """Also those whose memory the layer keeps for its next step."""
+        size = LayerSize(tokens=64, experts=16, d_model=512, ffn_dim=1024)
+        case = Case(size, "training", torch.float32, torch.device("cpu"))
+        gradients_mb = 16 * 2 * 512 * 1024 * 4 / 1e6
+        ours = in_fresh_process(layer_bench.measure_peak, case, our_layer, 1)
+        assert gradients_mb < ours < 1.5 * gradients_mb
+
 
 def _peak_of_64_mb() -> float:
     return peak_extra_mb(lambda: torch.ones(16_000_000).sum())
