@@ -28,12 +28,17 @@ def open_browser() -> Iterator[Any]:
     """A headless Playwright browser, closed at the end.
 
     Raises:
-        RuntimeError: no Chromium or Chrome on this machine.
+        RuntimeError: no Chromium or Chrome on this machine, or no Playwright.
     """
     path = find_browser()
     if path is None:
         raise RuntimeError("no Chromium or Chrome: install one, for example with `apt-get install chromium`")
-    from playwright.sync_api import sync_playwright
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise RuntimeError(
+            "Playwright is missing, which moves the browser: `pip install playwright`"
+        ) from error
 
     # Root, as in containers, has to do without the sandbox.
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0

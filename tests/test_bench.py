@@ -420,6 +420,13 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         assert "budget, page: 1<" in plot.read_text("utf-8")
 
+    def test_explorers_say_what_is_missing_in_one_line(self, monkeypatch):
+        monkeypatch.setattr("moe_edu.browser.find_browser", lambda: "/usr/bin/chromium")
+        monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
+        result = CliRunner().invoke(bench, ["explorers", "--only", "budget", "--no-python"])
+        assert result.exit_code == 1
+        assert result.output.splitlines()[-1].startswith("Error: Playwright is missing")
+
     def test_gpu_refuses_in_one_line_where_there_is_none(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         result = CliRunner().invoke(bench, ["gpu"])
