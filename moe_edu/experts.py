@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moe_edu import grouped_gemm
 from moe_edu.config import MoEConfig
 from moe_edu.pages import GradientPages
 
@@ -99,8 +100,10 @@ def explain_backend(experts: Experts, dtype: torch.dtype | None = None) -> Backe
 def choose_backend(device: torch.device, dtype: torch.dtype, d_model: int) -> BackendChoice:
     """The back end that "auto" stands for: grouped products where the device has them, padded ones elsewhere."""
     if device.type != "cuda":
+        why_not = grouped_gemm.why_not_compiled(dtype)
+        how = "compiled for few rows" if why_not is None else f"PyTorch's: {why_not}"
         return BackendChoice(
-            "grouped", f"on {device.type} one product an expert, over exactly its rows, is fastest"
+            "grouped", f"on {device.type} products over exactly each expert's rows are fastest ({how})"
         )
     if dtype != torch.bfloat16:
         return BackendChoice(
@@ -121,36 +124,43 @@ Weights = Sequence[Tensor]  # w1, b1, w2, b2 in the dtype of the rows
 _ROWS_AT_ONCE = 2048
 
 
-def _segments(sizes: Sequence[int], at_most: int | None = None) -> Iterator[tuple[int, slice]]:
-    """(expert, rows of its own) until all are covered, in pieces of `at_most` rows where that is given."""
-    start = 0
-    for expert, size in enumerate(sizes):
-        end = start + size
-        while start < end:
-            stop = end if at_most is None else min(start + at_most, end)
-            yield expert, slice(start, stop)
-            start = stop
-
-
 def _loop(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights) -> Tensor:
     """One expert after the other: the form to read."""
     outputs = torch.zeros_like(rows)
-    for expert, segment in _segments(counts.tolist()):
+    for expert, segment in grouped_gemm.segments(counts.tolist()):
         w1, b1, w2, b2 = (weight[expert] for weight in weights)
         outputs[segment] = F.linear(hidden(F.linear(rows[segment], w1, b1)), w2, b2)
     return outputs
 
 
 def _infer_cpu(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights) -> Tensor:
-    """`_loop` without gradients: results are written in place."""
+    """`_loop` without gradients, over a bounded number of rows at once."""
+    w1, b1, w2, b2 = weights
     outputs = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    sizes = counts.tolist()
-    for expert, segment in _segments(sizes, _ROWS_AT_ONCE):
-        w1, b1, w2, b2 = (weight[expert] for weight in weights)
-        x, y = rows[segment], outputs[segment]
-        torch.addmm(b2, hidden(F.linear(x, w1, b1)), w2.T, out=y)
-    outputs[sum(sizes) :] = 0
+    inner = rows.new_empty(min(_ROWS_AT_ONCE, len(rows)), w1.shape[1])  # one piece of memory for all portions
+    start = 0
+    for experts, sizes in _portions(counts.tolist(), _ROWS_AT_ONCE):
+        portion = slice(start, start + sum(sizes))
+        x = inner[: sum(sizes)]
+        grouped_gemm.linear(rows[portion], w1[experts], b1[experts], sizes, out=x)
+        grouped_gemm.linear(hidden(x), w2[experts], b2[experts], sizes, out=outputs[portion])
+        start = portion.stop
+    outputs[start:] = 0
     return outputs
+
+
+def _portions(sizes: Sequence[int], at_most: int) -> Iterator[tuple[slice, list[int]]]:
+    """Cut the rows of all experts into portions of `at_most`: (the experts that share one, how many rows of each)."""
+    first, room = 0, at_most
+    portion: list[int] = []
+    for expert, size in enumerate(sizes):
+        while size > room:
+            yield slice(first, expert + 1), [*portion, room]
+            size -= room
+            first, portion, room = expert, [], at_most
+        portion.append(size)
+        room -= size
+    yield slice(first, len(sizes)), portion
 
 
 def _padded(
@@ -215,11 +225,7 @@ class GroupedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sizes, ctx.pages = sizes, pages
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for expert, rows in _segments(sizes):
-            torch.addmm(bias[expert], x[rows], weight[expert].T, out=y[rows])
-        y[sum(sizes) :] = 0
-        return y
+        return grouped_gemm.linear(x, weight, bias, sizes)
 
     @staticmethod
     @once_differentiable
@@ -227,20 +233,11 @@ class GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad_y = grad_y.contiguous()
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-        grad_weight = ctx.pages.empty_like(weight) if need_weight else None
-        grad_bias = weight.new_zeros(weight.shape[:2]) if need_bias else None
-        for expert, rows in _segments(ctx.sizes):
-            if grad_x is not None:
-                torch.mm(grad_y[rows], weight[expert], out=grad_x[rows])
-            if grad_weight is not None:
-                torch.mm(grad_y[rows].T, x[rows], out=grad_weight[expert])
-            if grad_bias is not None:
-                torch.sum(grad_y[rows], dim=0, out=grad_bias[expert])
-        if grad_x is not None:
-            grad_x[sum(ctx.sizes) :] = 0
-        if grad_weight is not None:
-            for expert, size in enumerate(ctx.sizes):
-                if size == 0:
-                    grad_weight[expert] = 0
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
+            grad_x = grouped_gemm.grad_input(grad_y, weight, ctx.sizes)
+        if need_weight:
+            grad_weight = grouped_gemm.grad_weight(grad_y, x, ctx.sizes, out=ctx.pages.empty_like(weight))
+        if need_bias:
+            grad_bias = grouped_gemm.grad_bias(grad_y, ctx.sizes)
         return grad_x, grad_weight, grad_bias, None, None

@@ -280,6 +280,20 @@ def test_auto_picks_a_back_end_that_exists():
         torch.testing.assert_close(other(hidden)[0], layer(hidden)[0])
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 5, 14])
+def test_inference_in_portions_gives_the_same(rows_at_once, monkeypatch):
+    """Whether an expert's rows are cut, or several experts share a portion."""
+    monkeypatch.setattr("moe_edu.experts._ROWS_AT_ONCE", rows_at_once)
+    experts = Experts(make_config(5, 4), 6, "grouped").double()
+    rows = torch.randn(15, 4, dtype=torch.float64)
+    counts = torch.tensor([0, 7, 1, 0, 6])
+    with torch.no_grad():
+        actual = experts(rows, counts, 7)
+    weights = [experts.w1, experts.b1, experts.w2, experts.b2]
+    assert_close(actual, _loop(rows, counts, torch.relu, weights))
+    assert not actual[14].any()
+
+
 class TestLargeGradients:
     """Gradients of 32 MiB and more lie in memory that is used again."""
 

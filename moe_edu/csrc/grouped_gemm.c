@@ -1,0 +1,127 @@
+// Grouped products in fp32 on the CPU: for every expert, the rows that belong to it times its weights.
+//
+// The libraries behind PyTorch copy each weight into an order that suits their inner loop, which pays where hundreds of
+// rows are multiplied with it. An expert often has 8 to 64. Here the few rows are reordered instead, and the weights are
+// read where they are, once, as the factors of a tile of sums that stays in registers (the tiles are those of Goto and
+// van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication"; the roles of the operands are exchanged).
+//
+// Shapes, all contiguous: x, grad_x `[rows, K]`; y, grad_y `[rows, N]`; w, grad_w `[experts, N, K]`; bias `[experts, N]`.
+// The rows `first[e]` to `first[e + 1]` are those of expert e; others are neither read nor written. Every number is summed
+// in the same order, however many threads there are.
+
+#include <stddef.h>
+
+typedef ptrdiff_t index;
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define INLINE static inline __attribute__((always_inline))
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int four_indices __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (four_indices){__VA_ARGS__})
+#endif
+
+enum {
+  LINE = 16,  // floats in a line of the cache
+  // One task's rows and columns of a result, and the depth of its panels where the weights are in place and where they
+  // are packed. Panels and sums, 512 KiB, are on the stack and fit into the L2 cache.
+  ROWS = 128,
+  COLUMNS = 512,
+  DEPTH = 512,
+  BLOCK = 128,
+};
+
+#if defined(__x86_64__)
+
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define TILE 6
+#define NAMED(x) x##_avx2
+#include "grouped_gemm_kernels.h"
+#undef TARGET
+#undef LANES
+#undef TILE
+#undef NAMED
+
+#define TARGET __attribute__((target("avx512f")))
+#define LANES 16
+#define TILE 12
+#define NAMED(x) x##_avx512
+#include "grouped_gemm_kernels.h"
+
+#define FOR_THIS_PROCESSOR(function) (__builtin_cpu_supports("avx512f") ? function##_avx512 : function##_avx2)
+
+int grouped_gemm_supported(void) {
+  return __builtin_cpu_supports("avx512f") || (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+}
+
+#else  // 64-bit ARM has 32 registers of four floats
+
+#define TARGET
+#define LANES 8
+#define TILE 6
+#define NAMED(x) x##_generic
+#include "grouped_gemm_kernels.h"
+
+#define FOR_THIS_PROCESSOR(function) function##_generic
+
+int grouped_gemm_supported(void) { return 1; }
+
+#endif
+
+static index most_rows(const index *first, index experts) {
+  index most = 0;
+  for (index e = 0; e < experts; e++) most = MAX(most, first[e + 1] - first[e]);
+  return most;
+}
+
+// y = x w^T + bias
+void grouped_gemm_linear(
+    const float *x, const float *w, const float *bias, float *y, const index *first, index experts, index N, index K,
+    int threads) {
+  const index most = most_rows(first, experts);
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads)
+  for (index e = 0; e < experts; e++)
+    for (index n = 0; n < N; n += COLUMNS)
+      for (index m = 0; m < most; m += ROWS) {
+        const index start = first[e] + m, rows = MIN(ROWS, first[e + 1] - start);
+        if (rows > 0)
+          FOR_THIS_PROCESSOR(linear)
+          (x + start * K, w + e * N * K, bias + e * N, y + start * N, rows, n, MIN(n + COLUMNS, N), N, K);
+      }
+}
+
+// grad_x = grad_y w
+void grouped_gemm_grad_input(
+    const float *grad_y, const float *w, float *grad_x, const index *first, index experts, index N, index K,
+    int threads) {
+  const index most = most_rows(first, experts);
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads)
+  for (index e = 0; e < experts; e++)
+    for (index k = 0; k < K; k += COLUMNS)
+      for (index m = 0; m < most; m += ROWS) {
+        const index start = first[e] + m, rows = MIN(ROWS, first[e + 1] - start);
+        if (rows > 0)
+          FOR_THIS_PROCESSOR(grad_input)
+          (grad_y + start * N, w + e * N * K, grad_x + start * K, rows, k, MIN(k + COLUMNS, K), N, K);
+      }
+}
+
+// grad_w = grad_y^T x; zeros for experts without rows.
+void grouped_gemm_grad_weight(
+    const float *grad_y, const float *x, float *grad_w, const index *first, index experts, index N, index K,
+    int threads) {
+  // Few rows leave room for more columns, and long runs of memory are written faster.
+  const index columns = COLUMNS * MAX(1, MIN(4, BLOCK / MAX(1, most_rows(first, experts))));
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads)
+  for (index e = 0; e < experts; e++)
+    for (index n = 0; n < N; n += COLUMNS)
+      for (index k = 0; k < K; k += columns)
+        FOR_THIS_PROCESSOR(grad_weight)
+        (grad_y + first[e] * N, x + first[e] * K + k, grad_w + e * N * K + k, first[e + 1] - first[e], n,
+         MIN(n + COLUMNS, N), MIN(columns, K - k), N, K);
+}

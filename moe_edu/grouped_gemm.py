@@ -1,0 +1,123 @@
+"""Grouped products on the CPU: for every expert, the rows that belong to it times its weights.
+
+Shapes: N rows sorted by expert, E experts, I inputs, O outputs. The first `sizes[0]` rows belong to expert 0, the next
+`sizes[1]` to expert 1; rows behind the last expert's belong to nobody and come back as zeros. Weights are
+`[E, O, I]`, as `torch.nn.Linear` keeps each of them.
+
+Each product exists twice: one call of PyTorch an expert, the form to read, and `csrc/grouped_gemm.c` for all of them,
+which is faster, above all where an expert has few rows. It is built where there is a C compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+# Beyond so many rows an expert, on average, PyTorch's products of the backward pass are as fast as the compiled ones.
+_FEW_ROWS = 256
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], out: Tensor | None = None
+) -> Tensor:
+    """`[N, O]`: `x[n] @ weight[e].T + bias[e]` for `x [N, I]` and `bias [E, O]`; into `out` where it is given."""
+    y = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
+    if _can_be_compiled(x, weight, bias, y):
+        _call("linear", [x, weight, bias, y], sizes, weight)
+    else:
+        for expert, rows in segments(sizes):
+            torch.addmm(bias[expert], x[rows], weight[expert].T, out=y[rows])
+    y[sum(sizes) :] = 0
+    return y
+
+
+def grad_input(grad_y: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`[N, I]`: the gradient of `linear` with respect to `x`, from `grad_y [N, O]`."""
+    grad_x = grad_y.new_empty(grad_y.shape[0], weight.shape[2])
+    if _few_rows(sizes) and _can_be_compiled(grad_y, weight, grad_x):
+        _call("grad_input", [grad_y, weight, grad_x], sizes, weight)
+    else:
+        for expert, rows in segments(sizes):
+            torch.mm(grad_y[rows], weight[expert], out=grad_x[rows])
+    grad_x[sum(sizes) :] = 0
+    return grad_x
+
+
+def grad_weight(grad_y: Tensor, x: Tensor, sizes: Sequence[int], out: Tensor) -> Tensor:
+    """Write the gradient of `linear` with respect to `weight` into `out [E, O, I]`, and return it."""
+    if _few_rows(sizes) and _can_be_compiled(grad_y, x, out):
+        _call("grad_weight", [grad_y, x, out], sizes, out)
+    else:
+        for expert, rows in segments(sizes):
+            torch.mm(grad_y[rows].T, x[rows], out=out[expert])
+        for expert, size in enumerate(sizes):
+            if size == 0:
+                out[expert] = 0
+    return out
+
+
+def grad_bias(grad_y: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`[E, O]`: the gradient of `linear` with respect to `bias`."""
+    total = grad_y.new_zeros(len(sizes), grad_y.shape[1])
+    for expert, rows in segments(sizes):
+        torch.sum(grad_y[rows], dim=0, out=total[expert])
+    return total
+
+
+def segments(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for the experts that have any."""
+    for expert, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True)):
+        if size:
+            yield expert, slice(end - size, end)
+
+
+def why_not_compiled(dtype: torch.dtype) -> str | None:
+    """Why all products of `dtype` are PyTorch's; None where the compiled ones serve."""
+    if dtype != torch.float32:
+        return f"the compiled products take float32, not {str(dtype).removeprefix('torch.')}"
+    if _LIBRARY is None:
+        return "no C compiler was there when moe_edu was installed"
+    if not _LIBRARY.grouped_gemm_supported():
+        return "the compiled products need the processor's AVX2 or AVX-512"
+    return None
+
+
+def _few_rows(sizes: Sequence[int]) -> bool:
+    return sum(sizes) <= _FEW_ROWS * sum(size > 0 for size in sizes)
+
+
+def _can_be_compiled(*tensors: Tensor) -> bool:
+    return why_not_compiled(tensors[0].dtype) is None and all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+    )
+
+
+def _load_library() -> ctypes.CDLL | None:
+    """The compiled products, None where they were not built."""
+    spec = importlib.util.find_spec("moe_edu._grouped_gemm")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        return ctypes.CDLL(spec.origin)
+    except OSError:  # built on another system
+        return None
+
+
+def _call(product: str, operands: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> None:
+    """Run one of the functions of `csrc/grouped_gemm.c` over contiguous operands, on as many threads as PyTorch has."""
+    E, outputs, inputs = weight.shape
+    first = (ctypes.c_ssize_t * (E + 1))(*accumulate(sizes, initial=0))
+    getattr(_LIBRARY, f"grouped_gemm_{product}")(
+        *(ctypes.c_void_p(operand.data_ptr()) for operand in operands),
+        first,
+        *(ctypes.c_ssize_t(size) for size in (E, outputs, inputs)),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+
+
+_LIBRARY = _load_library()

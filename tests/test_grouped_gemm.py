@@ -1,0 +1,165 @@
+"""The compiled products and PyTorch's, number by number: whole numbers are summed without rounding."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_edu import grouped_gemm
+
+
+@pytest.fixture(params=["compiled", "pytorch"])
+def products(request, monkeypatch):
+    if request.param == "pytorch":
+        monkeypatch.setattr(grouped_gemm, "_LIBRARY", None)
+    elif why_not := grouped_gemm.why_not_compiled(torch.float32):
+        pytest.skip(why_not)
+    else:
+        monkeypatch.setattr(grouped_gemm, "_FEW_ROWS", 1000)
+
+
+def whole(*shape: int) -> torch.Tensor:
+    """Small enough that any sum of products of them is a whole number that fp32 holds."""
+    return torch.randint(-8, 9, shape).float()
+
+
+def make_problem(sizes: list[int], nobody: int, inputs: int, outputs: int):
+    rows = sum(sizes) + nobody
+    return (
+        whole(rows, inputs),
+        whole(len(sizes), outputs, inputs),
+        whole(len(sizes), outputs),
+        whole(rows, outputs),
+    )
+
+
+def check(sizes: list[int], nobody: int, inputs: int, outputs: int) -> None:
+    """All four functions against one product an expert, in float64."""
+    x, weight, bias, grad_y = make_problem(sizes, nobody, inputs, outputs)
+    y = grouped_gemm.linear(x, weight, bias, sizes)
+    grad_x = grouped_gemm.grad_input(grad_y, weight, sizes)
+    grad_weight = grouped_gemm.grad_weight(grad_y, x, sizes, out=torch.full_like(weight, torch.nan))
+    grad_bias = grouped_gemm.grad_bias(grad_y, sizes)
+    parts = zip(sizes, x[: sum(sizes)].split(sizes), grad_y[: sum(sizes)].split(sizes), strict=True)
+    start = 0
+    for expert, (size, rows, grad) in enumerate(parts):
+        own = slice(start, start + size)
+        start += size
+        w = weight[expert].double()
+        assert torch.equal(y[own].double(), rows.double() @ w.T + bias[expert])
+        assert torch.equal(grad_x[own].double(), grad.double() @ w)
+        assert torch.equal(grad_weight[expert].double(), grad.double().T @ rows.double())
+        assert torch.equal(grad_bias[expert].double(), grad.double().sum(0))
+    assert not y[start:].any()
+    assert not grad_x[start:].any()
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    nobody=st.integers(0, 3),
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 70),
+    seed=st.integers(0, 2**31),
+)
+def test_every_number_is_right(products, sizes, nobody, inputs, outputs, seed):
+    torch.manual_seed(seed)
+    check(sizes, nobody, inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "inputs", "outputs"),
+    [
+        ([1, 0, 129, 300], 33, 47),  # more rows than one task takes
+        ([3, 20], 1100, 40),  # more inputs
+        ([3, 20], 40, 1100),  # more outputs
+        ([5, 140], 530, 2060),  # wide enough for several tasks in each direction
+        ([2, 7], 2050, 515),
+    ],
+)
+def test_every_number_of_large_problems_is_right(products, sizes, inputs, outputs):
+    check(sizes, 2, inputs, outputs)
+
+
+def test_threads_change_nothing(products):
+    """Not even a rounding: each number is summed in one order."""
+    sizes = [9, 0, 150, 64]
+    x, weight, bias, grad_y = (torch.randn_like(t) for t in make_problem(sizes, 1, 520, 600))
+    outcomes = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            outcomes.append(
+                [
+                    grouped_gemm.linear(x, weight, bias, sizes),
+                    grouped_gemm.grad_input(grad_y, weight, sizes),
+                    grouped_gemm.grad_weight(grad_y, x, sizes, out=torch.empty_like(weight)),
+                ]
+            )
+    finally:
+        torch.set_num_threads(1)
+    for one, several in zip(*outcomes, strict=True):
+        if grouped_gemm.why_not_compiled(torch.float32) is None:
+            assert torch.equal(one, several)
+        torch.testing.assert_close(one, several)
+
+
+def test_rows_that_are_not_contiguous_are_taken_by_pytorch(products):
+    sizes = [2, 3]
+    x, weight, bias, grad_y = make_problem(sizes, 0, 6, 4)
+    expected = grouped_gemm.linear(x, weight, bias, sizes)
+    assert torch.equal(grouped_gemm.linear(x.T.contiguous().T, weight, bias, sizes), expected)
+    assert torch.equal(grouped_gemm.linear(x, weight.mT.contiguous().mT, bias, sizes), expected)
+    expected = grouped_gemm.grad_input(grad_y, weight, sizes)
+    assert torch.equal(grouped_gemm.grad_input(grad_y.T.contiguous().T, weight, sizes), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_taken_by_pytorch(dtype):
+    sizes = [2, 3]
+    x, weight, bias, grad_y = (t.clamp(-2, 2).to(dtype) for t in make_problem(sizes, 0, 6, 4))
+    assert torch.equal(grouped_gemm.linear(x, weight, bias, sizes)[:2], x[:2] @ weight[0].T + bias[0])
+    assert torch.equal(grouped_gemm.grad_input(grad_y, weight, sizes)[2:], grad_y[2:] @ weight[1])
+    assert str(dtype).removeprefix("torch.") in grouped_gemm.why_not_compiled(dtype)
+
+
+def test_many_rows_go_back_through_pytorch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(grouped_gemm, "why_not_compiled", lambda dtype: asked.append(dtype) or "it is a test")
+    for sizes, times in (([256, 0, 256], 2), ([257, 0, 256], 0)):
+        asked.clear()
+        x, weight, _, grad_y = make_problem(sizes, 9, 2, 3)
+        grouped_gemm.grad_input(grad_y, weight, sizes)
+        grouped_gemm.grad_weight(grad_y, x, sizes, out=torch.empty_like(weight))
+        assert len(asked) == times
+
+
+def test_is_built_where_there_is_a_compiler():
+    if sys.platform != "linux" or shutil.which("cc") is None:
+        pytest.skip("no C compiler that the build would use")
+    assert grouped_gemm._LIBRARY is not None, "install moe_edu again: a compiler came after it"
+
+
+def test_says_why_it_is_not_compiled(monkeypatch):
+    class Library:
+        @staticmethod
+        def grouped_gemm_supported() -> int:
+            return 0
+
+    monkeypatch.setattr(grouped_gemm, "_LIBRARY", Library)
+    assert "AVX2" in grouped_gemm.why_not_compiled(torch.float32)
+    monkeypatch.setattr(grouped_gemm, "_LIBRARY", None)
+    assert "C compiler" in grouped_gemm.why_not_compiled(torch.float32)
+
+
+def test_a_library_of_another_system_is_none_at_all(monkeypatch, tmp_path):
+    (tmp_path / "foreign.so").write_bytes(b"not a library")
+
+    class Spec:
+        origin = str(tmp_path / "foreign.so")
+
+    monkeypatch.setattr(grouped_gemm.importlib.util, "find_spec", lambda name: Spec)
+    assert grouped_gemm._load_library() is None
