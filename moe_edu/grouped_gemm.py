@@ -92,6 +92,9 @@ def _few_rows(sizes: Sequence[int]) -> bool:
 
 
 def _can_be_compiled(*tensors: Tensor) -> bool:
+    # Modes that count FLOPs, or infer shapes from tensors without memory, see PyTorch's operators alone.
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False
     return why_not_compiled(tensors[0].dtype) is None and all(
         t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
     )

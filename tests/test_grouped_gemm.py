@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_edu import grouped_gemm
 
@@ -124,6 +126,27 @@ def test_other_dtypes_are_taken_by_pytorch(dtype):
     assert torch.equal(grouped_gemm.linear(x, weight, bias, sizes)[:2], x[:2] @ weight[0].T + bias[0])
     assert torch.equal(grouped_gemm.grad_input(grad_y, weight, sizes)[2:], grad_y[2:] @ weight[1])
     assert str(dtype).removeprefix("torch.") in grouped_gemm.why_not_compiled(dtype)
+
+
+class TestModesSeeEveryProduct:
+    SIZES = (2, 3)
+
+    def run(self):
+        x, weight, bias, grad_y = make_problem(list(self.SIZES), 0, 6, 4)
+        return (
+            grouped_gemm.linear(x, weight, bias, self.SIZES),
+            grouped_gemm.grad_input(grad_y, weight, self.SIZES),
+            grouped_gemm.grad_weight(grad_y, x, self.SIZES, out=torch.empty_like(weight)),
+        )
+
+    def test_that_counts_flops(self, products):
+        with FlopCounterMode(display=False) as counter:
+            self.run()
+        assert counter.get_total_flops() == 3 * 2 * sum(self.SIZES) * 6 * 4
+
+    def test_that_has_no_memory(self, products):
+        with FakeTensorMode():
+            assert [tuple(t.shape) for t in self.run()] == [(5, 4), (5, 6), (2, 4, 6)]
 
 
 def test_many_rows_go_back_through_pytorch(monkeypatch):
