@@ -27,7 +27,7 @@ def linear(
 ) -> Tensor:
     """`[N, O]`: `x[n] @ weight[e].T + bias[e]` for `x [N, I]` and `bias [E, O]`; into `out` where it is given."""
     y = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
-    if _can_be_compiled(x, weight, bias, y):
+    if _can_be_compiled(sizes, x, y, weight, bias):
         _call("linear", [x, weight, bias, y], sizes, weight)
     else:
         for expert, rows in segments(sizes):
@@ -39,7 +39,7 @@ def linear(
 def grad_input(grad_y: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
     """`[N, I]`: the gradient of `linear` with respect to `x`, from `grad_y [N, O]`."""
     grad_x = grad_y.new_empty(grad_y.shape[0], weight.shape[2])
-    if _few_rows(sizes) and _can_be_compiled(grad_y, weight, grad_x):
+    if _few_rows(sizes) and _can_be_compiled(sizes, grad_x, grad_y, weight):
         _call("grad_input", [grad_y, weight, grad_x], sizes, weight)
     else:
         for expert, rows in segments(sizes):
@@ -50,7 +50,7 @@ def grad_input(grad_y: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def grad_weight(grad_y: Tensor, x: Tensor, sizes: Sequence[int], out: Tensor) -> Tensor:
     """Write the gradient of `linear` with respect to `weight` into `out [E, O, I]`, and return it."""
-    if _few_rows(sizes) and _can_be_compiled(grad_y, x, out):
+    if _few_rows(sizes) and _can_be_compiled(sizes, x, grad_y, out):
         _call("grad_weight", [grad_y, x, out], sizes, out)
     else:
         for expert, rows in segments(sizes):
@@ -91,12 +91,26 @@ def _few_rows(sizes: Sequence[int]) -> bool:
     return sum(sizes) <= _FEW_ROWS * sum(size > 0 for size in sizes)
 
 
-def _can_be_compiled(*tensors: Tensor) -> bool:
+def _can_be_compiled(
+    sizes: Sequence[int], x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> bool:
+    """Whether these are what compiled code may touch: it checks nothing, and PyTorch says what is wrong."""
     # Modes that count FLOPs, or infer shapes from tensors without memory, see PyTorch's operators alone.
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0 or why_not_compiled(weight.dtype) is not None:
         return False
-    return why_not_compiled(tensors[0].dtype) is None and all(
-        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+    E, outputs, inputs = weight.shape
+    rows = sum(sizes)
+    shapes = {x: (max(rows, len(x)), inputs), y: (max(rows, len(y)), outputs)}
+    if bias is not None:
+        shapes[bias] = (E, outputs)
+    return (
+        len(sizes) == E
+        and min(sizes, default=0) >= 0
+        and all(tensor.shape == shape for tensor, shape in shapes.items())
+        and all(
+            tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+            for tensor in (weight, *shapes)
+        )
     )
 
 

@@ -128,6 +128,24 @@ def test_other_dtypes_are_taken_by_pytorch(dtype):
     assert str(dtype).removeprefix("torch.") in grouped_gemm.why_not_compiled(dtype)
 
 
+def test_compiled_code_never_sees_what_does_not_fit(monkeypatch):
+    """It would read and write beyond the tensors."""
+    monkeypatch.setattr(grouped_gemm, "why_not_compiled", lambda dtype: None)
+    monkeypatch.setattr(grouped_gemm, "_call", lambda *arguments: pytest.fail("compiled code was called"))
+    x, weight, bias, grad_y = make_problem([2, 3], 0, 6, 4)
+    with pytest.raises(RuntimeError, match="shape"):
+        grouped_gemm.linear(x[:, :5].contiguous(), weight, bias, [2, 3])
+    with pytest.raises(RuntimeError):
+        grouped_gemm.linear(x, weight, bias[:, :3].contiguous(), [2, 3])
+    with pytest.raises(IndexError):
+        grouped_gemm.linear(x, weight, bias, [2, 2, 1])
+    with pytest.raises(RuntimeError, match="shape"):
+        grouped_gemm.grad_input(grad_y[:, :3].contiguous(), weight, [2, 3])
+    grouped_gemm.linear(
+        x[:4], weight, bias, [2, 3]
+    )  # a row is missing: PyTorch computes those that are there
+
+
 class TestModesSeeEveryProduct:
     SIZES = (2, 3)
 
