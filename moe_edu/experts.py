@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_edu import grouped_gemm
+from moe_edu.compiled import why_not_compiled
 from moe_edu.config import MoEConfig
 from moe_edu.pages import GradientPages
 
@@ -100,7 +101,7 @@ def explain_backend(experts: Experts, dtype: torch.dtype | None = None) -> Backe
 def choose_backend(device: torch.device, dtype: torch.dtype, d_model: int) -> BackendChoice:
     """The back end that "auto" stands for: grouped products where the device has them, padded ones elsewhere."""
     if device.type != "cuda":
-        why_not = grouped_gemm.why_not_compiled(dtype)
+        why_not = why_not_compiled(dtype)
         how = "compiled for few rows" if why_not is None else f"PyTorch's: {why_not}"
         return BackendChoice(
             "grouped", f"on {device.type} products over exactly each expert's rows are fastest ({how})"

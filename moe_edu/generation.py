@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_edu.layers import KeyValue, LayerCache
+from moe_edu.vocabulary import most_probable
 
 if TYPE_CHECKING:
     from moe_edu.config import MoEConfig
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 # Stands for "impossible" in beam scores; finite, so that adding to it never gives NaN.
 _IMPOSSIBLE = -1.0e9
-# On the CPU so many logits are made at once: they stay in its cache for the softmax and the choice of the best.
-_LOGITS_AT_ONCE = 2**18
 
 Cache = tuple[LayerCache, ...]
 
@@ -229,16 +228,11 @@ class _Candidates(NamedTuple):
 def _best_candidates(model: MoETranslator, hidden: Tensor, running_scores: Tensor, count: int) -> _Candidates:
     """From the last hidden states `[B * R, D]` and the scores `[B, R]`; C is `count`, or R * V where that is less."""
     (B, R), V = running_scores.shape, model.config.vocab_size
-    at_once = max(1, _LOGITS_AT_ONCE // (R * V)) if hidden.device.type == "cpu" else B
-    best = []
-    for states, scores in zip(
-        hidden.view(B, R, -1).split(at_once), running_scores.split(at_once), strict=True
-    ):
-        log_probs = model.vocabulary_logits(states).float().log_softmax(-1)
-        best.append(log_probs.add_(scores[:, :, None]).flatten(1).topk(min(count, R * V)))
-    values, indices = zip(*best, strict=True)
-    index = torch.cat(indices)
-    return _Candidates(torch.cat(values), index // V, index % V)
+    # What is not among its own hypothesis' best is not among the sentence's.
+    log_probs, tokens = most_probable(hidden, model.shared.weight, min(count, V))
+    scores = (log_probs.view(B, R, -1) + running_scores[:, :, None]).flatten(1)
+    scores, index = scores.topk(min(count, R * V))
+    return _Candidates(scores, index // log_probs.shape[1], tokens.view(B, -1).gather(1, index))
 
 
 def _extend(

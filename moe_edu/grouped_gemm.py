@@ -10,13 +10,13 @@ which is faster, above all where an expert has few rows. It is built where there
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from moe_edu.compiled import call, can_be_compiled
 
 # Beyond so many rows an expert, on average, PyTorch's products of the backward pass are as fast as the compiled ones.
 _FEW_ROWS = 256
@@ -76,17 +76,6 @@ def segments(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
             yield expert, slice(end - size, end)
 
 
-def why_not_compiled(dtype: torch.dtype) -> str | None:
-    """Why all products of `dtype` are PyTorch's; None where the compiled ones serve."""
-    if dtype != torch.float32:
-        return f"the compiled products take float32, not {str(dtype).removeprefix('torch.')}"
-    if _LIBRARY is None:
-        return "no C compiler was there when moe_edu was installed"
-    if not _LIBRARY.grouped_gemm_supported():
-        return "the compiled products need the processor's AVX2 or AVX-512"
-    return None
-
-
 def _few_rows(sizes: Sequence[int]) -> bool:
     return sum(sizes) <= _FEW_ROWS * sum(size > 0 for size in sizes)
 
@@ -95,46 +84,20 @@ def _can_be_compiled(
     sizes: Sequence[int], x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> bool:
     """Whether these are what compiled code may touch: it checks nothing, and PyTorch says what is wrong."""
-    # Modes that count FLOPs, or infer shapes from tensors without memory, see PyTorch's operators alone.
-    if torch._C._len_torch_dispatch_stack() > 0 or why_not_compiled(weight.dtype) is not None:
-        return False
     E, outputs, inputs = weight.shape
     rows = sum(sizes)
     shapes = {x: (max(rows, len(x)), inputs), y: (max(rows, len(y)), outputs)}
     if bias is not None:
         shapes[bias] = (E, outputs)
     return (
-        len(sizes) == E
+        can_be_compiled(weight, *shapes)
+        and len(sizes) == E
         and min(sizes, default=0) >= 0
         and all(tensor.shape == shape for tensor, shape in shapes.items())
-        and all(
-            tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
-            for tensor in (weight, *shapes)
-        )
+        and all(tensor.is_contiguous() for tensor in (weight, *shapes))
     )
-
-
-def _load_library() -> ctypes.CDLL | None:
-    """The compiled products, None where they were not built."""
-    spec = importlib.util.find_spec("moe_edu._grouped_gemm")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        return ctypes.CDLL(spec.origin)
-    except OSError:  # built on another system
-        return None
 
 
 def _call(product: str, operands: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> None:
-    """Run one of the functions of `csrc/grouped_gemm.c` over contiguous operands, on as many threads as PyTorch has."""
-    E, outputs, inputs = weight.shape
-    first = (ctypes.c_ssize_t * (E + 1))(*accumulate(sizes, initial=0))
-    getattr(_LIBRARY, f"grouped_gemm_{product}")(
-        *(ctypes.c_void_p(operand.data_ptr()) for operand in operands),
-        first,
-        *(ctypes.c_ssize_t(size) for size in (E, outputs, inputs)),
-        ctypes.c_int(torch.get_num_threads()),
-    )
-
-
-_LIBRARY = _load_library()
+    """Run one of the functions of `csrc/grouped_gemm.c` over contiguous operands."""
+    call(f"grouped_gemm_{product}", *operands, [*accumulate(sizes, initial=0)], *weight.shape)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_edu.attention import scaled_dot_product_attention
 from moe_edu.config import MoEConfig
 from moe_edu.dispatch import permute, plan_dispatch, unpermute
 from moe_edu.experts import ACTIVATIONS, Backend, Experts
@@ -67,7 +68,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if head_mask is None and not output_weights:
-            mixed = F.scaled_dot_product_attention(query, *memory, attn_mask=bias, dropout_p=dropout)
+            mixed = scaled_dot_product_attention(query, *memory, bias, dropout)
         else:
             scores = query @ memory.key.mT * query.shape[-1] ** -0.5
             weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)

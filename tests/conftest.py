@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from moe_edu import compiled
 from moe_edu.config import MoEConfig
 
 # One thread: results repeat bit for bit, and several test runs can share a machine.
@@ -32,6 +33,15 @@ def _seed():
 def _progress_of_its_own(tmp_path, monkeypatch):
     """Exercises that tests solve are not the developer's."""
     monkeypatch.setenv("MOE_EDU_PROGRESS", str(tmp_path / "progress.json"))
+
+
+@pytest.fixture(params=["compiled", "pytorch"])
+def either_code(request, monkeypatch):
+    """The test runs with the package's compiled code, and without it."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(compiled, "_LIBRARY", None)
+    elif why_not := compiled.why_not_compiled(torch.float32):
+        pytest.skip(why_not)
 
 
 @pytest.fixture(scope="session")

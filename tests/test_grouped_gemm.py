@@ -1,8 +1,5 @@
 """The compiled products and PyTorch's, number by number: whole numbers are summed without rounding."""
 
-import shutil
-import sys
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,16 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_edu import grouped_gemm
+from moe_edu.compiled import why_not_compiled
 
 
-@pytest.fixture(params=["compiled", "pytorch"])
-def products(request, monkeypatch):
-    if request.param == "pytorch":
-        monkeypatch.setattr(grouped_gemm, "_LIBRARY", None)
-    elif why_not := grouped_gemm.why_not_compiled(torch.float32):
-        pytest.skip(why_not)
-    else:
-        monkeypatch.setattr(grouped_gemm, "_FEW_ROWS", 1000)
+@pytest.fixture
+def products(either_code, monkeypatch):
+    """Also for more rows than those with which compiled products are faster."""
+    monkeypatch.setattr(grouped_gemm, "_FEW_ROWS", 1000)
 
 
 def whole(*shape: int) -> torch.Tensor:
@@ -104,7 +98,7 @@ def test_threads_change_nothing(products):
     finally:
         torch.set_num_threads(1)
     for one, several in zip(*outcomes, strict=True):
-        if grouped_gemm.why_not_compiled(torch.float32) is None:
+        if why_not_compiled(torch.float32) is None:
             assert torch.equal(one, several)
         torch.testing.assert_close(one, several)
 
@@ -125,13 +119,12 @@ def test_other_dtypes_are_taken_by_pytorch(dtype):
     x, weight, bias, grad_y = (t.clamp(-2, 2).to(dtype) for t in make_problem(sizes, 0, 6, 4))
     assert torch.equal(grouped_gemm.linear(x, weight, bias, sizes)[:2], x[:2] @ weight[0].T + bias[0])
     assert torch.equal(grouped_gemm.grad_input(grad_y, weight, sizes)[2:], grad_y[2:] @ weight[1])
-    assert str(dtype).removeprefix("torch.") in grouped_gemm.why_not_compiled(dtype)
 
 
 def test_compiled_code_never_sees_what_does_not_fit(monkeypatch):
     """It would read and write beyond the tensors."""
-    monkeypatch.setattr(grouped_gemm, "why_not_compiled", lambda dtype: None)
-    monkeypatch.setattr(grouped_gemm, "_call", lambda *arguments: pytest.fail("compiled code was called"))
+    monkeypatch.setattr(grouped_gemm, "can_be_compiled", lambda *tensors: True)
+    monkeypatch.setattr(grouped_gemm, "call", lambda *arguments: pytest.fail("compiled code was called"))
     x, weight, bias, grad_y = make_problem([2, 3], 0, 6, 4)
     with pytest.raises(RuntimeError, match="shape"):
         grouped_gemm.linear(x[:, :5].contiguous(), weight, bias, [2, 3])
@@ -169,38 +162,10 @@ class TestModesSeeEveryProduct:
 
 def test_many_rows_go_back_through_pytorch(monkeypatch):
     asked = []
-    monkeypatch.setattr(grouped_gemm, "why_not_compiled", lambda dtype: asked.append(dtype) or "it is a test")
+    monkeypatch.setattr(grouped_gemm, "can_be_compiled", lambda *tensors: bool(asked.append(tensors)))
     for sizes, times in (([256, 0, 256], 2), ([257, 0, 256], 0)):
         asked.clear()
         x, weight, _, grad_y = make_problem(sizes, 9, 2, 3)
         grouped_gemm.grad_input(grad_y, weight, sizes)
         grouped_gemm.grad_weight(grad_y, x, sizes, out=torch.empty_like(weight))
         assert len(asked) == times
-
-
-def test_is_built_where_there_is_a_compiler():
-    if sys.platform != "linux" or shutil.which("cc") is None:
-        pytest.skip("no C compiler that the build would use")
-    assert grouped_gemm._LIBRARY is not None, "install moe_edu again: a compiler came after it"
-
-
-def test_says_why_it_is_not_compiled(monkeypatch):
-    class Library:
-        @staticmethod
-        def grouped_gemm_supported() -> int:
-            return 0
-
-    monkeypatch.setattr(grouped_gemm, "_LIBRARY", Library)
-    assert "AVX2" in grouped_gemm.why_not_compiled(torch.float32)
-    monkeypatch.setattr(grouped_gemm, "_LIBRARY", None)
-    assert "C compiler" in grouped_gemm.why_not_compiled(torch.float32)
-
-
-def test_a_library_of_another_system_is_none_at_all(monkeypatch, tmp_path):
-    (tmp_path / "foreign.so").write_bytes(b"not a library")
-
-    class Spec:
-        origin = str(tmp_path / "foreign.so")
-
-    monkeypatch.setattr(grouped_gemm.importlib.util, "find_spec", lambda name: Spec)
-    assert grouped_gemm._load_library() is None

@@ -9,14 +9,9 @@
 // The rows `first[e]` to `first[e + 1]` are those of expert e; others are neither read nor written. Every number is summed
 // in the same order, however many threads there are.
 
-#include <stddef.h>
+#include "processor.h"
 
-typedef ptrdiff_t index;
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
-
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define INLINE static inline __attribute__((always_inline))
 
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -37,7 +32,7 @@ enum {
 
 #if defined(__x86_64__)
 
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2
 #define LANES 8
 #define TILE 6
 #define NAMED(x) x##_avx2
@@ -47,17 +42,11 @@ enum {
 #undef TILE
 #undef NAMED
 
-#define TARGET __attribute__((target("avx512f")))
+#define TARGET AVX512
 #define LANES 16
 #define TILE 12
 #define NAMED(x) x##_avx512
 #include "grouped_gemm_kernels.h"
-
-#define FOR_THIS_PROCESSOR(function) (__builtin_cpu_supports("avx512f") ? function##_avx512 : function##_avx2)
-
-int grouped_gemm_supported(void) {
-  return __builtin_cpu_supports("avx512f") || (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
-}
 
 #else  // 64-bit ARM has 32 registers of four floats
 
@@ -67,10 +56,6 @@ int grouped_gemm_supported(void) {
 #define NAMED(x) x##_generic
 #include "grouped_gemm_kernels.h"
 
-#define FOR_THIS_PROCESSOR(function) function##_generic
-
-int grouped_gemm_supported(void) { return 1; }
-
 #endif
 
 static index most_rows(const index *first, index experts) {
@@ -79,7 +64,7 @@ static index most_rows(const index *first, index experts) {
   return most;
 }
 
-// y = x w^T + bias
+// y = x w^T + bias, or without it where it is NULL
 void grouped_gemm_linear(
     const float *x, const float *w, const float *bias, float *y, const index *first, index experts, index N, index K,
     int threads) {
@@ -91,7 +76,7 @@ void grouped_gemm_linear(
         const index start = first[e] + m, rows = MIN(ROWS, first[e + 1] - start);
         if (rows > 0)
           FOR_THIS_PROCESSOR(linear)
-          (x + start * K, w + e * N * K, bias + e * N, y + start * N, rows, n, MIN(n + COLUMNS, N), N, K);
+          (x + start * K, w + e * N * K, bias ? bias + e * N : NULL, y + start * N, rows, n, MIN(n + COLUMNS, N), N, K);
       }
 }
 

@@ -136,7 +136,7 @@ TARGET static void NAMED(linear)(
   const index count = (rows + PANEL - 1) / PANEL;
   for (index p = 0; p < count; p++)
     for (index n = from; n < to; n++)
-      for (int m = 0; m < PANEL; m++) sums[p][n - from][m] = bias[n];
+      for (int m = 0; m < PANEL; m++) sums[p][n - from][m] = bias ? bias[n] : 0;
   // Few rows leave room for deeper panels, and long runs of memory are read faster.
   const index deepest = MIN(4 * DEPTH, ROWS * DEPTH / (count * PANEL));
   for (index k = 0; k < K; k += deepest) {
