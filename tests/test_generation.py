@@ -7,6 +7,8 @@ import torch
 
 from moe_edu.model import MoETranslator
 
+pytestmark = pytest.mark.usefixtures("either_code")
+
 START, PAD, EOS = 2, 1, 2
 
 
