@@ -29,6 +29,10 @@ from moe_edu.machine import peak_memory_mb
 from moe_edu.model import MoETranslator
 from moe_edu.settings import TrainingSettings
 
+# glibc gives freed memory back to the system, and all pages of the next step would be new, until it has seen larger
+# blocks come and go. A worker has had none.
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
+
 
 class Sentences(NamedTuple):
     """Sentences to translate: ids and mask `[B, S]`, and the options of `moe_edu.generation.generate`."""
@@ -62,7 +66,8 @@ class WorkerPool:
             self.weights.copy_(parameters_to_vector(model.parameters()))
         self._processes: list[subprocess.Popen[bytes]] = []
         # The worker must find this package, also where a notebook has put it on the path.
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
+        modules = {"PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
+        environment = _KEEP_FREED_MEMORY | os.environ | modules
         for index in range(count):
             process = subprocess.Popen(
                 [sys.executable, "-m", "moe_edu.workers"],

@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import platform
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +229,30 @@ def test_deal_gives_each_part_like_lengths_and_as_many_tokens(lengths, parts):
         assert lengths[longer].min() >= lengths[shorter].max()
     for rows in dealt:
         assert 0 < lengths[rows].sum() <= lengths.sum() / parts + lengths.max()
+
+
+def test_a_worker_keeps_its_memory_from_step_to_step():
+    """New pages cost as much as a tenth of a step."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library has thresholds of its own")
+    settings = TrainingSettings()
+    corpus = load_corpus(["eng_Latn", "fra_Latn", "ell_Grek"])
+    tokenizer = Tokenizer.train(corpus.train.texts(), corpus.languages, 600)
+    stream = PairBatches(corpus, tokenizer, batch_tokens=settings.batch_tokens, seed=1).stream()
+    with start_workers(MoETranslator(small_config()), settings, 2) as workers:
+
+        def new_pages(steps: int) -> int:
+            before = minor_faults(workers._processes[0].pid)
+            for step in range(steps):
+                shards = cut_shards(next(stream), 2, settings.seed, step)
+                workers.start(shards[1:])
+                workers.finish(1)
+            return minor_faults(workers._processes[0].pid) - before
+
+        new_pages(10)
+        assert new_pages(10) < 10 * 100  # its logits alone are on 500 pages
+
+
+def minor_faults(process: int) -> int:
+    """Pages that the process has been given so far without reading a disk: field 10 of `/proc/PID/stat`."""
+    return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[7])
