@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_edu import attention
 from moe_edu.attention import scaled_dot_product_attention
+from moe_edu.compiled import why_not_compiled
 
 
 def by_definition(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,6 +75,8 @@ def test_threads_change_nothing(either_code):
             several = scaled_dot_product_attention(*tensors)
         finally:
             torch.set_num_threads(1)
+    if why_not_compiled(torch.float32) is None:  # not even a rounding
+        assert torch.equal(expected, several)
     torch.testing.assert_close(expected, several, atol=1e-6, rtol=1e-6)
 
 
@@ -81,6 +84,22 @@ def test_gradients_flow(either_code):
     tensors = [heads(2, tokens, 2, 4).requires_grad_() for tokens in (1, 5, 5)]
     scaled_dot_product_attention(*tensors).sum().backward()
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in (tensors[0], tensors[2]))
+
+
+@pytest.mark.parametrize("shape", [None, (2, 1, 1, 5), (1, 1, 8, 5)])
+def test_compiled_code_sees_what_fits(monkeypatch, shape):
+    called = []
+    monkeypatch.setattr(attention, "can_be_compiled", lambda *tensors: True)
+    monkeypatch.setattr(attention, "call", lambda *arguments: called.append(arguments[0]))
+    bias = None if shape is None else torch.zeros(shape)
+    tensors = heads(2, 8, 2, 16), heads(2, 5, 2, 16), heads(2, 5, 2, 16)
+    with torch.no_grad():
+        scaled_dot_product_attention(*tensors, bias)
+    assert called == ["attention"]
+    scaled_dot_product_attention(*tensors, bias)  # with gradients it is PyTorch's
+    with torch.no_grad():
+        scaled_dot_product_attention(*tensors, bias, dropout=0.5)
+    assert called == ["attention"]
 
 
 @pytest.mark.parametrize(

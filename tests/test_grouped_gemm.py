@@ -121,6 +121,17 @@ def test_other_dtypes_are_taken_by_pytorch(dtype):
     assert torch.equal(grouped_gemm.grad_input(grad_y, weight, sizes)[2:], grad_y[2:] @ weight[1])
 
 
+def test_compiled_code_sees_what_fits(monkeypatch):
+    called = []
+    monkeypatch.setattr(grouped_gemm, "can_be_compiled", lambda *tensors: True)
+    monkeypatch.setattr(grouped_gemm, "call", lambda *arguments: called.append(arguments[0]))
+    x, weight, bias, grad_y = make_problem([2, 0, 3], 1, 6, 4)
+    grouped_gemm.linear(x, weight, bias, [2, 0, 3])
+    grouped_gemm.grad_input(grad_y, weight, [2, 0, 3])
+    grouped_gemm.grad_weight(grad_y, x, [2, 0, 3], out=torch.empty_like(weight))
+    assert called == [f"grouped_gemm_{product}" for product in ("linear", "grad_input", "grad_weight")]
+
+
 def test_compiled_code_never_sees_what_does_not_fit(monkeypatch):
     """It would read and write beyond the tensors."""
     monkeypatch.setattr(grouped_gemm, "can_be_compiled", lambda *tensors: True)
