@@ -4,9 +4,9 @@ Shape letters, used all over the package: B batch, S sequence, T = B * S tokens,
 E experts, K choices a token (2), C capacity of one expert, V vocabulary.
 """
 
+from moe_edu.backends import BackendChoice, explain_backend
 from moe_edu.checkpoint import CheckpointError
 from moe_edu.config import MoEConfig
-from moe_edu.experts import BackendChoice, explain_backend
 from moe_edu.layers import SparseMLP
 from moe_edu.losses import (
     MoELoss,

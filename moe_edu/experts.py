@@ -7,7 +7,7 @@ rows behind the last expert's belong to nobody and come back as zeros.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_edu import grouped_gemm
-from moe_edu.compiled import why_not_compiled
+from moe_edu.backends import Backend, explain_backend, why_no_grouped_mm
 from moe_edu.config import MoEConfig
 from moe_edu.pages import GradientPages
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-
-Backend = Literal["auto", "loop", "grouped", "padded"]
 
 
 class Experts(nn.Module):
@@ -33,7 +31,8 @@ class Experts(nn.Module):
         config: sizes, activation and dropout.
         ffn_dim: F; None for `config.encoder_ffn_dim`.
         backend: "loop" is one plain product an expert, "grouped" one grouped product over sorted rows, "padded" one
-            batched product over E slots of equal size; "auto" picks by device and dtype.
+            batched product over E slots of equal size; "auto" picks by device, dtype and
+            sizes, see `explain_backend`.
     """
 
     def __init__(self, config: MoEConfig, ffn_dim: int | None = None, backend: Backend = "auto") -> None:
@@ -60,16 +59,16 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
         rows, *weights = (t.to(dtype) for t in (rows, self.w1, self.b1, self.w2, self.b2))
-        backend = explain_backend(self, dtype).backend
+        backend = explain_backend(self, dtype, rows.shape[0], capacity).backend
         if backend == "loop":
             return _loop(rows, counts, self._hidden, weights)
         if backend == "padded":
             return _padded(rows, counts, min(capacity, rows.shape[0]), self._hidden, weights)
-        if rows.device.type == "cuda":
-            return _grouped_cuda(rows, counts, self._hidden, weights)
+        if why_no_grouped_mm(rows.device, dtype, self.w1.shape[1:]) is None:
+            return _grouped_mm(rows, counts, self._hidden, weights)
         if torch.is_grad_enabled():
-            return _grouped_cpu(rows, counts, self._hidden, weights, self.pages)
-        return _infer_cpu(rows, counts, self._hidden, weights)
+            return _grouped(rows, counts, self._hidden, weights, self.pages)
+        return _grouped_inference(rows, counts, self._hidden, weights)
 
     def _hidden(self, pre_activation: Tensor) -> Tensor:
         # In place where its own result is all that its gradient needs: `[N, F]` is the layer's largest tensor.
@@ -77,46 +76,6 @@ class Experts(nn.Module):
         if self.training and self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout)
         return hidden
-
-
-class BackendChoice(NamedTuple):
-    """The back end that runs, and why."""
-
-    backend: Backend
-    reason: str
-
-
-def explain_backend(experts: Experts, dtype: torch.dtype | None = None) -> BackendChoice:
-    """Which back end `experts`, such as `SparseMLP(config).experts`, runs where it is now, and why.
-
-    Args:
-        experts: their weights' device decides.
-        dtype: of the products, which under autocast is autocast's; None for that of the weights.
-    """
-    if experts.backend != "auto":
-        return BackendChoice(experts.backend, "it was named when the layer was made")
-    return choose_backend(experts.w1.device, dtype or experts.w1.dtype, experts.w1.shape[2])
-
-
-def choose_backend(device: torch.device, dtype: torch.dtype, d_model: int) -> BackendChoice:
-    """The back end that "auto" stands for: grouped products where the device has them, padded ones elsewhere."""
-    if device.type != "cuda":
-        why_not = why_not_compiled(dtype)
-        how = "compiled for few rows" if why_not is None else f"PyTorch's: {why_not}"
-        return BackendChoice(
-            "grouped", f"on {device.type} products over exactly each expert's rows are fastest ({how})"
-        )
-    if dtype != torch.bfloat16:
-        return BackendChoice(
-            "padded", f"CUDA's grouped product takes bfloat16, not {str(dtype).removeprefix('torch.')}"
-        )
-    if d_model * dtype.itemsize % 16 != 0:
-        return BackendChoice(
-            "padded", f"CUDA's grouped product takes rows of whole 16 bytes, not {d_model * 2}"
-        )
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return BackendChoice("padded", "CUDA's grouped product takes a GPU of compute capability 8.0 or more")
-    return BackendChoice("grouped", "CUDA multiplies the rows of all experts in one grouped product")
 
 
 Weights = Sequence[Tensor]  # w1, b1, w2, b2 in the dtype of the rows
@@ -134,8 +93,10 @@ def _loop(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weig
     return outputs
 
 
-def _infer_cpu(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights) -> Tensor:
-    """`_loop` without gradients, over a bounded number of rows at once."""
+def _grouped_inference(
+    rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights
+) -> Tensor:
+    """`_grouped` without gradients, over a bounded number of rows at once."""
     w1, b1, w2, b2 = weights
     outputs = torch.empty_like(rows, memory_format=torch.contiguous_format)
     inner = rows.new_empty(min(_ROWS_AT_ONCE, len(rows)), w1.shape[1])  # one piece of memory for all portions
@@ -183,24 +144,23 @@ def _padded(
     return y.index_select(0, place)
 
 
-def _grouped_cuda(
-    rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights
-) -> Tensor:
+def _grouped_mm(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights) -> Tensor:
     """PyTorch's grouped product: offsets stay on the device, so nothing synchronises."""
     w1, b1, w2, b2 = weights
     end = counts.cumsum(0).to(torch.int32)
-    index = torch.arange(rows.shape[0], device=rows.device)
-    expert = torch.bucketize(index, end, right=True)
-    real = (expert < counts.shape[0])[:, None]
-    expert = expert.clamp(max=counts.shape[0] - 1)
-    # The product leaves rows of nobody unwritten, in its output and in the gradient of its input: each `where` stops
-    # what they hold, in both directions.
-    x = F.grouped_mm(rows.where(real, 0), w1.mT, offs=end) + b1[expert]
-    y = F.grouped_mm(hidden(x.where(real, 0)), w2.mT, offs=end) + b2[expert]
+    index = torch.arange(rows.shape[0], device=rows.device)[:, None]
+    owner = (index < end) & (index >= end - counts)  # [N, E]
+    real = owner.any(dim=1, keepdim=True)
+    # Biases as a product, too: the gradient of `b1[expert]` adds up thousands of rows at one place, one by one.
+    owner = owner.to(rows.dtype)
+    # The grouped product leaves rows of nobody unwritten, in its output and in the gradient of its input: each `where`
+    # stops what they hold, in both directions.
+    x = F.grouped_mm(rows.where(real, 0), w1.mT, offs=end).addmm_(owner, b1)
+    y = F.grouped_mm(hidden(x.where(real, 0)), w2.mT, offs=end).addmm_(owner, b2)
     return y.where(real, 0)
 
 
-def _grouped_cpu(
+def _grouped(
     rows: Tensor,
     counts: Tensor,
     hidden: Callable[[Tensor], Tensor],

@@ -1,11 +1,11 @@
-"""Grouped products on the CPU: for every expert, the rows that belong to it times its weights.
+"""Grouped products: for every expert, the rows that belong to it times its weights.
 
 Shapes: N rows sorted by expert, E experts, I inputs, O outputs. The first `sizes[0]` rows belong to expert 0, the next
 `sizes[1]` to expert 1; rows behind the last expert's belong to nobody and come back as zeros. Weights are
 `[E, O, I]`, as `torch.nn.Linear` keeps each of them.
 
 Each product exists twice: one call of PyTorch an expert, the form to read, and `csrc/grouped_gemm.c` for all of them,
-which is faster, above all where an expert has few rows. It is built where there is a C compiler.
+which is faster on the CPU, above all where an expert has few rows. It is built where there is a C compiler.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_edu.attention import scaled_dot_product_attention
+from moe_edu.backends import Backend
 from moe_edu.config import MoEConfig
 from moe_edu.dispatch import permute, plan_dispatch, unpermute
-from moe_edu.experts import ACTIVATIONS, Backend, Experts
+from moe_edu.experts import ACTIVATIONS, Experts
 from moe_edu.routing import RouterOutput, Top2Router
 
 

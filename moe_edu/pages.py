@@ -29,9 +29,9 @@ class GradientPages:
         return GradientPages, ()
 
     def empty_like(self, weight: Tensor) -> Tensor:
-        """An uninitialised contiguous tensor of the shape and dtype of `weight`, which is on the CPU."""
+        """An uninitialised contiguous tensor of the shape, dtype and device of `weight`."""
         size = weight.numel() * weight.element_size()
-        if size < _LARGE_BYTES:
+        if weight.device.type != "cpu" or size < _LARGE_BYTES:
             return torch.empty_like(weight, memory_format=torch.contiguous_format)
         free = self._free[size]
         try:

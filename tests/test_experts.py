@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moe_edu
+from moe_edu.backends import choose_backend
 from moe_edu.config import MoEConfig
 from moe_edu.dispatch import permute, plan_dispatch, unpermute
-from moe_edu.experts import BackendChoice, Experts, _grouped_cuda, _loop, choose_backend
+from moe_edu.experts import Experts, _grouped_mm, _loop
 from moe_edu.layers import SparseMLP
 from moe_edu.pages import GradientPages
 from moe_edu.reference import loop_gating, loop_sparse_mlp
@@ -231,46 +231,8 @@ def test_rows_of_nobody_come_back_finite_and_get_no_gradient(backend):
     assert grad[:3].any()
 
 
-class TestChoice:
-    def test_a_named_back_end_runs(self):
-        for backend in BACKENDS:
-            choice = moe_edu.explain_backend(SparseMLP(make_config(3, 4), 5, backend).experts)
-            assert choice.backend == backend
-            assert "named" in choice.reason
-
-    @pytest.mark.parametrize(
-        ("dtype", "d_model", "capability", "backend", "reason"),
-        [
-            (torch.bfloat16, 64, (8, 0), "grouped", "one grouped product"),
-            (torch.bfloat16, 9, (9, 0), "padded", "16 bytes, not 18"),
-            (torch.float16, 64, (9, 0), "padded", "not float16"),
-            (torch.bfloat16, 64, (7, 5), "padded", "compute capability"),
-        ],
-    )
-    def test_gpu(self, dtype, d_model, capability, backend, reason, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        choice = choose_backend(torch.device("cuda"), dtype, d_model)
-        assert choice.backend == backend
-        assert reason in choice.reason
-
-    def test_what_is_explained_is_what_runs(self, monkeypatch):
-        """Under autocast, too, whose dtype is not the weights'."""
-        asked = []
-
-        def remember(device, dtype, d_model):
-            asked.append(dtype)
-            return BackendChoice("padded", "it is a test")
-
-        monkeypatch.setattr("moe_edu.experts.choose_backend", remember)
-        layer = SparseMLP(make_config(3, 4), 5)
-        with torch.autocast("cpu", torch.bfloat16):
-            layer(torch.randn(2, 5, 4))
-        assert moe_edu.explain_backend(layer.experts).reason == "it is a test"
-        assert asked == [torch.bfloat16, torch.float32]
-
-
 def test_auto_picks_a_back_end_that_exists():
-    assert choose_backend(torch.device("cpu"), torch.float32, 3).backend in BACKENDS
+    assert choose_backend(torch.device("cpu"), torch.float32, (4, 3)).backend in BACKENDS
     layer = SparseMLP(make_config(3, 4), 5)
     assert layer.experts.backend == "auto"
     hidden = torch.randn(2, 5, 4)
@@ -348,14 +310,13 @@ class TestLargeGradients:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("widths", [(16, 24), (16, 11), (9, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-def test_cuda_sparse_layer_equals_the_float64_loop(backend, dtype, monkeypatch):
+def test_cuda_sparse_layer_equals_the_float64_loop(backend, dtype, widths, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    if backend == "grouped" and dtype != torch.bfloat16:
-        pytest.skip("CUDA's grouped product takes bf16 only")
-    # Widths are multiples of 16 bytes, which CUDA's grouped product needs.
-    check_layer(SparseMLP(make_config(5, 16, expert_capacity=3), 24, backend), dtype, "cuda")
+    d_model, ffn_dim = widths
+    check_layer(SparseMLP(make_config(5, d_model, expert_capacity=3), ffn_dim, backend), dtype, "cuda")
 
 
 @pytest.mark.gpu
@@ -383,7 +344,7 @@ def test_cuda_grouped_form_equals_the_loop_where_rows_belong_to_nobody():
     counts = torch.tensor([2, 0, 3])
     weights = [experts.w1, experts.b1, experts.w2, experts.b2]
     outcomes = []
-    for form in (_loop, _grouped_cuda):
+    for form in (_loop, _grouped_mm):
         rows = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
         out = form(rows, counts, torch.relu, weights)
         outcomes.append([out, *torch.autograd.grad(out.square().sum(), [rows, *weights])])

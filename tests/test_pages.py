@@ -25,6 +25,11 @@ def test_a_tensor_like_the_weight(dtype):
     assert torch.equal(gradient.fill_(3), torch.full_like(weight, 3))
 
 
+def test_other_devices_keep_their_own_memory():
+    weight = torch.zeros(4, 3, device="meta")
+    assert GradientPages().empty_like(weight).device == weight.device
+
+
 def test_freed_memory_is_used_again():
     pages, weight = GradientPages(), torch.zeros(6, 4)
     first = pages.empty_like(weight)

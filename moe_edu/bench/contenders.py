@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe_edu.backends import Backend
 from moe_edu.config import MoEConfig
-from moe_edu.experts import Backend
 from moe_edu.layers import FeedForward, SparseMLP
 
 
