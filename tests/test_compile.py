@@ -1,9 +1,12 @@
 """torch.compile takes the whole sparse layer in one graph, and keeps it when the number of tokens changes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from moe_edu import experts as experts_module
+from moe_edu import backends, experts
+from moe_edu.backends import choose_backend
 from moe_edu.config import MoEConfig
 from moe_edu.layers import SparseMLP
 
@@ -21,12 +24,23 @@ FIELDS = {
 }
 
 
-@pytest.fixture(params=["padded", "grouped"])
+@pytest.fixture(params=["padded", "grouped", "auto 8.0", "auto 9.0"])
 def backend(request, monkeypatch):
-    """The two back ends that GPUs run; the grouped one in CUDA's form, which the CPU can compute as well."""
-    monkeypatch.setattr(experts_module, "why_no_grouped_mm", lambda device, dtype, widths: None)
+    """The back ends that GPUs run; the grouped one in CUDA's form, which the CPU can compute as well.
+
+    Or what a GPU of that compute capability chooses.
+    """
+    name, _, capability = request.param.partition(" ")
+    if name == "auto":
+        major, minor = map(int, capability.split("."))
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(
+            backends, "choose_backend", lambda device, *rest: choose_backend(torch.device("cuda"), *rest)
+        )
+    monkeypatch.setattr(experts, "why_no_grouped_mm", lambda device, dtype, widths: None)
     torch._dynamo.reset()
-    yield request.param
+    yield name
     torch._dynamo.reset()
 
 
@@ -40,7 +54,7 @@ def make_layer(backend: str, training: bool, **fields) -> SparseMLP:
         **{"moe_token_dropout": 0.0} | fields,
     )
     # While it is traced, PyTorch's grouped product takes bf16 only.
-    dtype = torch.bfloat16 if backend == "grouped" else torch.float32
+    dtype = torch.float32 if backend == "padded" else torch.bfloat16
     return SparseMLP(config, F, backend).to(dtype).train(training)
 
 
