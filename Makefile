@@ -11,7 +11,7 @@ LAB_STAMP := $(VENV)/.lab-is-installed
 TEST_STAMP := $(VENV)/.test-is-installed
 REQUIREMENTS := pyproject.toml constraints.txt $(wildcard moe_edu/csrc/*)
 
-.PHONY: lab test lint notebooks site clean
+.PHONY: lab test gpu lint notebooks site clean
 
 lab: $(LAB_STAMP)
 	$(BIN)/moe-edu lab
@@ -19,6 +19,12 @@ lab: $(LAB_STAMP)
 test: $(TEST_STAMP) lint
 	$(BIN)/python -m pytest
 	MOE_EDU_PROGRESS=$(abspath $(VENV))/progress.json $(BIN)/python -m pytest --nbval notebooks
+
+# On a machine with an NVIDIA GPU: its tests, then the table, which is also left as data and as a picture.
+gpu: $(TEST_STAMP)
+	$(BIN)/python -m pytest -m gpu
+	mkdir -p build
+	$(BIN)/moe-edu bench gpu --json build/gpu.json --plot build/gpu.svg
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

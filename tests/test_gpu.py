@@ -55,6 +55,15 @@ def test_sizes_are_those_of_the_table():
     assert all(size.config().moe_eval_capacity_token_fraction < 0 for size in sizes)
 
 
+def test_every_size_of_the_table_is_compiled():
+    """Without a limit to how many layers a process may compile."""
+    compiled = gpu_contenders("eager")["moe_edu, compiled"]
+    for d_model in range(4, 4 + len(gpu_sizes()) * len(DTYPES)):
+        size = LayerSize(tokens=8, experts=3, d_model=d_model, ffn_dim=8, tight=True)
+        layer, hidden, _ = make_problem(Case(size, "training", torch.float32, torch.device("cpu")))
+        compiled(with_backend(layer, "padded")).forward(hidden)
+
+
 class TestChecksOnTheCPU:
     """What needs no GPU is checked here as it is there."""
 

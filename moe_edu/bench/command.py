@@ -12,7 +12,7 @@ import torch
 from moe_edu.bench.contenders import LayerSize
 from moe_edu.bench.curve import curve_sizes, format_curve, make_curves
 from moe_edu.bench.explorers import explorers
-from moe_edu.bench.gpu import DTYPES, gpu_contenders, gpu_sizes, run_checks
+from moe_edu.bench.gpu import DTYPES, Check, gpu_contenders, gpu_sizes, run_checks
 from moe_edu.bench.layer import LIBRARIES, MODES, Factory, LayerResult, Mode, explain_missing, run_layer_bench
 from moe_edu.bench.libraries import reference_is_here
 from moe_edu.bench.memory import can_measure_memory
@@ -152,12 +152,24 @@ def curve(
 
 
 @bench.command()
+@mode_option
+@click.option(
+    "--dtype", type=click.Choice(("both", "bfloat16", "float16")), default="both", show_default=True
+)
 @repeats_option(20)
 @memory_option
 @json_option
 @plot_option
 @quick_option
-def gpu(repeats: int, memory: bool, json_path: Path | None, plot_path: Path | None, quick: bool) -> None:
+def gpu(
+    mode: str,
+    dtype: str,
+    repeats: int,
+    memory: bool,
+    json_path: Path | None,
+    plot_path: Path | None,
+    quick: bool,
+) -> None:
     """Compare the layer's back ends on an NVIDIA GPU with the dense layer of the same work.
 
     Inference and training, bf16 and fp16, at T=16384, D=1024 and 2048, F=4D, E=8, 32 and 128, timed by CUDA events.
@@ -171,6 +183,7 @@ def gpu(repeats: int, memory: bool, json_path: Path | None, plot_path: Path | No
         raise click.ClickException(
             "there is no NVIDIA GPU that this PyTorch can use; --quick tries it on the CPU"
         )
+    dtypes = DTYPES if dtype == "both" else (getattr(torch, dtype),)
     machine = _begin(None, memory and device == "cuda")
     contenders = gpu_contenders(compiler)
     missing = explain_missing(contenders, DTYPES[0], device)
@@ -178,38 +191,41 @@ def gpu(repeats: int, memory: bool, json_path: Path | None, plot_path: Path | No
         click.echo(format_missing(missing))
     contenders = {name: make for name, make in contenders.items() if name not in missing}
     click.echo(format_header())
-    results = []
-    for size, dtype, mode in product(sizes, DTYPES, MODES):
+    results: list[LayerResult] = []
+    checks: list[Check] = []
+
+    def save() -> None:
+        if json_path is not None:
+            rows = [layer_result_to_dict(result) for result in results]
+            write_json(json_path, machine, results=rows, checks=[check._asdict() for check in checks])
+
+    for size, one_dtype, one_mode in product(sizes, dtypes, _modes(mode)):
         try:
             (result,) = run_layer_bench(
                 [size],
                 contenders=contenders,
-                modes=(mode,),
+                modes=(one_mode,),
                 repeats=repeats,
-                dtype=dtype,
+                dtype=one_dtype,
                 device=device,
                 memory=memory and device == "cuda",
                 seconds_each=10.0,
             )
         except torch.OutOfMemoryError:
             click.echo(
-                f"{mode} {dtype} E={size.experts} D={size.d_model}: too large for the memory of this GPU"
+                f"{one_mode} {one_dtype} E={size.experts} D={size.d_model}: too large for the memory of this GPU"
             )
             torch.cuda.empty_cache()
             continue
         click.echo(format_row(result))
         results.append(result)
+        save()
     click.echo(format_summary(results))
-    checks = [check for dtype in DTYPES for check in run_checks(sizes[0], dtype, device, compiler)]
-    for check in checks:
-        click.echo(f"{check.dtype:9} {check.backend:7} {check.promise:28} {check.outcome}")
-    if json_path is not None:
-        write_json(
-            json_path,
-            machine,
-            results=[layer_result_to_dict(result) for result in results],
-            checks=[check._asdict() for check in checks],
-        )
+    for one_dtype in dtypes:
+        for check in run_checks(sizes[0], one_dtype, device, compiler):
+            click.echo(f"{check.dtype:9} {check.backend:7} {check.promise:28} {check.outcome}")
+            checks.append(check)
+    save()
     if plot_path is not None and results:
         write_plot(plot_path, layer_svg(results, machine))
 
@@ -276,6 +292,10 @@ def _begin(threads: int | None, memory: bool) -> Machine:
     return machine
 
 
+def _modes(mode: str) -> tuple[Mode, ...]:
+    return tuple(one for one in MODES if mode in ("both", one))
+
+
 def _measure(
     sizes: Iterable[LayerSize],
     mode: str,
@@ -287,11 +307,15 @@ def _measure(
     json_path: Path | None,
 ) -> list[LayerResult]:
     """Print each result, and write all so far, as soon as it is there: large sizes take minutes."""
-    modes: tuple[Mode, ...] = tuple(m for m in MODES if mode in ("both", m))
     click.echo(format_header())
     results = []
     for result in run_layer_bench(
-        sizes, contenders=contenders, modes=modes, repeats=repeats, dtype=getattr(torch, dtype), memory=memory
+        sizes,
+        contenders=contenders,
+        modes=_modes(mode),
+        repeats=repeats,
+        dtype=getattr(torch, dtype),
+        memory=memory,
     ):
         click.echo(format_row(result))
         results.append(result)

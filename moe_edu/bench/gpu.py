@@ -49,6 +49,7 @@ def _named_backend(backend: Backend, layer: SparseMLP) -> Contender:
 
 
 def _compiled(compiler: str, layer: SparseMLP) -> Contender:
+    torch.compiler.reset()  # it keeps what it compiled for the layers before, and refuses the ninth
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=compiler)
     return replace(our_layer(layer), forward=lambda hidden: compiled(hidden)[0])
 

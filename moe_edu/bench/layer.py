@@ -162,10 +162,11 @@ class Case:
 def make_problem(case: Case) -> tuple[SparseMLP, Tensor, Tensor]:
     """The layer, its `[1, T, D]` input, and the gradient of its output."""
     size = case.size
-    with torch.random.fork_rng(devices=[]):
+    # On the device at once: the processor would be drawing the weights of the largest layer for many seconds.
+    with torch.random.fork_rng(devices=[case.device] if case.device.type == "cuda" else []), case.device:
         torch.manual_seed(case.seed)
-        layer = SparseMLP(size.config()).to(case.device, case.dtype).train(case.mode == "training")
-        hidden, upstream = torch.randn(2, 1, size.tokens, size.d_model).to(case.device, case.dtype)
+        layer = SparseMLP(size.config()).to(case.dtype).train(case.mode == "training")
+        hidden, upstream = torch.randn(2, 1, size.tokens, size.d_model).to(case.dtype)
     return layer, hidden, upstream
 
 
@@ -203,8 +204,9 @@ def _measure(
         name: _peak(case, factories[name], contenders[name], calls[name]) if memory else None
         for name in calls
     }
-    dense = dense_layer(case.size).to(case.device, case.dtype)
-    rows = torch.randn(kept, case.size.d_model).to(case.device, case.dtype)
+    with case.device:
+        dense = dense_layer(case.size).to(case.dtype)
+        rows = torch.randn(kept, case.size.d_model).to(case.dtype)
     calls["dense"] = _call(dense, dense, case.mode, rows, torch.ones_like(rows))
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=case.device)
     calls["copy"] = partial(torch.empty_like(source).copy_, source)
