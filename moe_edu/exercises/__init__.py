@@ -4,12 +4,14 @@ An answer is not attempted, wrong, an error in the learner's code, or right. It 
 process of its own, so a loop without end or a crash does not take the lesson down.
 """
 
+from moe_edu.exercises.class_table import class_table
 from moe_edu.exercises.commands import WrongAnswerError, check, hint, solution
 from moe_edu.exercises.progress import export_progress, import_progress, my_code, progress_table
 
 __all__ = [
     "WrongAnswerError",
     "check",
+    "class_table",
     "export_progress",
     "hint",
     "import_progress",

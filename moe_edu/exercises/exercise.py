@@ -49,6 +49,7 @@ class Exercise:
         origin: where a real bug comes from: library, release and file.
         cases: random inputs to try.
         tolerance: how far a number may be off, relative and absolute.
+        is_piece: whether lesson 06 builds the answer into its model, which also asks for dtypes and gradients.
     """
 
     key: str
@@ -65,6 +66,7 @@ class Exercise:
     origin: str = ""
     cases: int = 20
     tolerance: float = 1e-4
+    is_piece: bool = False
 
     @property
     def is_question(self) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe_edu.capstone import PieceError, Pieces, check_pieces
 from moe_edu.exercises.compare import compare, describe
 from moe_edu.exercises.exercise import Exercise
 
@@ -81,6 +82,11 @@ def _judge_function(exercise: Exercise, answer: Any, seed: int) -> Verdict:
             return Verdict(
                 "wrong", "The values are right, but your function changes its inputs. Work on a copy."
             )
+        if exercise.is_piece:
+            try:
+                check_pieces(Pieces(**{exercise.answer_name: answer}))
+            except PieceError as error:
+                return Verdict("wrong", f"Right so far, but lesson 6's model could not use it: {error}")
         return Verdict("right", f"Right, on {len(trials)} random inputs.")
     for mistake in exercise.mistakes:
         if _behaves_like(mistake.answer, trials, exercise.tolerance):
@@ -133,12 +139,15 @@ def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _same(given: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    return all(
-        torch.equal(ours, theirs)
-        for ours, theirs in zip(given, before, strict=True)
-        if isinstance(ours, Tensor) and isinstance(theirs, Tensor)
-    )
+def _same(given: Any, before: Any) -> bool:
+    """Whether tensors, and lists, tuples and dictionaries of them, are as they were."""
+    if isinstance(before, Tensor):
+        return torch.equal(given, before)
+    if isinstance(before, Mapping):
+        return given.keys() == before.keys() and all(_same(given[key], before[key]) for key in before)
+    if isinstance(before, list | tuple):
+        return len(given) == len(before) and all(map(_same, given, before))
+    return True
 
 
 def _is_unwritten(answer: Any) -> bool:

@@ -207,11 +207,16 @@ def sparse_ffn(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Tensor) -> 
 
 
 def _draw_layer(generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Nobody chooses one of the experts, and its weights spoil whatever is multiplied with them."""
     T, D, F_, E = _integers(generator, 3, 8, 4)
+    idle = _integers(generator, 0, E, 1)[0]
+    w1 = torch.randn(E, F_, D, generator=generator)
+    w1[idle] = torch.inf
+    expert_index = (idle + torch.randint(1, E, (T,), generator=generator)) % E
     return (
         torch.randn(T, D, generator=generator),
-        torch.randint(E, (T,), generator=generator),
-        torch.randn(E, F_, D, generator=generator),
+        expert_index,
+        w1,
         torch.randn(E, D, F_, generator=generator),
     )
 
@@ -225,6 +230,12 @@ def _every_expert_works(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Te
         chosen = (expert_index == expert).float()[:, None]
         output = output + chosen * everything
     return output, rows
+
+
+def _only_the_count_is_mended(
+    hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Tensor
+) -> tuple[Tensor, int]:
+    return _every_expert_works(hidden, expert_index, w1, w2)[0], len(hidden)
 
 
 def _without_relu(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, int]:
@@ -249,6 +260,11 @@ _SPARSE = Exercise(
     origin="kyegomez/SwitchTransformers, issue 17",
     draw=_draw_layer,
     mistakes=(
+        Mistake(
+            _only_the_count_is_mended,
+            "Your count is right, and every expert still multiplies every word. Here an expert that nobody chose has "
+            "infinite weights, and infinity times 0 is nan: pick the rows before the product.",
+        ),
         Mistake(
             _without_relu,
             "The relu between the two products is gone, and without it an expert is one matrix.",

@@ -19,7 +19,7 @@ def _draw_logits(generator: torch.Generator) -> tuple[Tensor]:
 
 
 def second_choice(logits: Tensor) -> Tensor:
-    """logits [T, E] to [T]: the best expert of each token after its first choice."""
+    """logits [T, E] to [T] int64: the best expert of each token after its first choice."""
     first = logits.argmax(dim=1, keepdim=True)
     return logits.scatter(1, first, -torch.inf).argmax(dim=1)
 
@@ -57,7 +57,7 @@ _SECOND_CHOICE = Exercise(
 
 
 def top2_choices(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [T, E] to (probs [T, E], expert_index [T, 2]: the first choice, then the second)."""
+    """logits [T, E] to (probs [T, E], expert_index [T, 2] int64: the first choice, then the second)."""
     return logits.softmax(dim=1), logits.topk(2, dim=1).indices
 
 
@@ -102,6 +102,7 @@ _TOP2_CHOICES = Exercise(
     importance="essential",
     minutes=8,
     solution=top2_choices,
+    is_piece=True,
     draw=_draw_sure_logits,
     mistakes=(
         Mistake(
@@ -187,7 +188,7 @@ _GATES = Exercise(
 
 
 def sample_second(logits: Tensor, u: Tensor) -> Tensor:
-    """logits [T, E], u [T, E] uniform in (0, 1), to [T]: a second expert, drawn with Gumbel noise."""
+    """logits [T, E], u [T, E] uniform in (0, 1), to [T] int64: a second expert, by Gumbel noise."""
     first = logits.argmax(dim=1, keepdim=True)
     noisy = logits - torch.log(-torch.log(u))
     return noisy.scatter(1, first, -torch.inf).argmax(dim=1)
@@ -346,7 +347,7 @@ _GATE_GRADIENT = Exercise(
     key="02.6",
     title="What the router can learn",
     task="Write `gate_gradient`: the derivative of each token's first gate, $g_1 = p_1 / (p_1 + p_2)$, by its logits, "
-    "as a formula, without autograd. The last line of section 5's output is one row of it.",
+    "as a formula. The last line of section 5's output is one row of it.",
     difficulty="medium",
     importance="helpful",
     minutes=10,
@@ -374,18 +375,18 @@ _GATE_GRADIENT = Exercise(
 
 _KEPT_BY_CHANCE = Exercise(
     key="02.7",
-    title="How often does chat keep its second?",
-    task="The word *chat* has probabilities 0.15, 0.40, 0.13 and 0.32. How probable is it that the policy `random` "
+    title="How often is a second choice kept?",
+    task="A word has probabilities 0.20, 0.41, 0.16 and 0.23. How probable is it that the policy `random` "
     "keeps its second choice? Give two decimals.",
     difficulty="easy",
     importance="helpful",
     minutes=2,
-    solution=0.64,
+    solution=0.46,
     tolerance=0.012,
     mistakes=(
-        Mistake(0.32, "That is p2. GShard keeps the choice if 2 p2 > u."),
-        Mistake(0.44, "That is the gate, p2 / (p1 + p2). The raw probability decides, twice over."),
-        Mistake(0.8, "That is twice p1. The second choice is the runner-up."),
+        Mistake(0.23, "That is p2. GShard keeps the choice if 2 p2 > u."),
+        Mistake(0.36, "That is the gate, p2 / (p1 + p2). The raw probability decides, twice over."),
+        Mistake(0.82, "That is twice p1. The second choice is the runner-up."),
         Mistake(1.0, "A runner-up has at most 0.5, so only a perfect tie would always be kept."),
     ),
     hints=(

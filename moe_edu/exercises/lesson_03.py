@@ -58,7 +58,7 @@ _CAPACITY = Exercise(
     ),
     hints=(
         "The even share is `math.ceil(num_tokens / num_experts)`.",
-        "`math.ceil(factor * 2 * share)`.",
+        "Choices and factor multiply the rounded share, and `math.ceil` rounds once more.",
     ),
 )
 
@@ -119,7 +119,7 @@ _SMALLEST = Exercise(
 
 
 def queue_positions(expert_index: Tensor, num_experts: int) -> Tensor:
-    """expert_index [T, 2] to position [T, 2], from 0; -1 in both where there is no choice."""
+    """expert_index [T, 2] to position [T, 2] int64, from 0; -1 in both where there is no choice."""
     one_hot = F.one_hot(expert_index + 1, num_experts + 1)[..., 1:]  # no choice is a row of zeros
     first, second = one_hot.unbind(dim=1)
     before_first = first.cumsum(0) - first
@@ -169,6 +169,7 @@ _POSITIONS = Exercise(
     importance="essential",
     minutes=15,
     solution=queue_positions,
+    is_piece=True,
     draw=_draw_choices_with_gaps,
     mistakes=(
         Mistake(
@@ -251,6 +252,7 @@ _KEEP = Exercise(
     importance="essential",
     minutes=10,
     solution=keep_and_weigh,
+    is_piece=True,
     draw=_draw_queue,
     mistakes=(
         Mistake(_keep_one_too_many, "You keep one too many: with C slots the last good position is C - 1."),
@@ -273,7 +275,7 @@ _KEEP = Exercise(
 
 
 def first_places_by_priority(probs: Tensor) -> Tensor:
-    """probs [T, E] to [T]: each token's place in its first expert's queue, the surest token first."""
+    """probs [T, E] to [T] int64: each token's place in its first expert's queue, surest first."""
     first = F.one_hot(probs.argmax(dim=1), probs.shape[1])
     order = probs.amax(dim=1).argsort(descending=True, stable=True)
     queue = first[order]

@@ -11,7 +11,7 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 
 
 def expert_starts(counts: Tensor) -> Tensor:
-    """counts [E], rows of each expert, to [E]: the first row of each expert."""
+    """counts [E], rows of each expert, to [E] int64: the first row of each expert."""
     return counts.cumsum(0) - counts
 
 
@@ -61,7 +61,7 @@ def dispatch(
     """Sort the R kept choices by expert, within an expert by token.
 
     hidden [T, D], expert_index [T, 2] (-1: none), kept [T, 2] bool
-    to rows [R, D], order [R] (the flat choice 2 * t + k of each row), counts [E].
+    to rows [R, D], order [R] int64 (the flat choice 2 * t + k of each row), counts [E] int64.
     """
     expert = expert_index.where(kept, num_experts).flatten()
     order = expert.argsort(stable=True)[: kept.sum()]
@@ -106,11 +106,12 @@ _DISPATCH = Exercise(
     key="04.2",
     title="Dispatch",
     task="Write `dispatch`: collect the rows of all kept choices, sorted by expert. Return them, for each row its flat "
-    "choice $2t+k$, and each expert's number of rows. Your capstone model will use it.",
+    "choice $2t+k$, and each expert's number of rows. The model you assemble in lesson 6 will use it.",
     difficulty="medium",
     importance="essential",
     minutes=15,
     solution=dispatch,
+    is_piece=True,
     draw=_draw_choices,
     mistakes=(
         Mistake(
@@ -169,11 +170,12 @@ _COMBINE = Exercise(
     key="04.3",
     title="Combine",
     task="Write `combine`: bring each output home to its token, times its gate; `order` says whose it is. A token "
-    "without rows gets zeros. Your capstone model will use it.",
+    "without rows gets zeros. The model you assemble in lesson 6 will use it.",
     difficulty="medium",
     importance="essential",
     minutes=10,
     solution=combine,
+    is_piece=True,
     draw=_draw_outputs,
     mistakes=(
         Mistake(
@@ -292,7 +294,8 @@ def _published_kept_choices(gates: Tensor, position: Tensor, capacity: int) -> T
 def _draw_positions(generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
     T, capacity = torch.randint(4, 9, (2,), generator=generator).tolist()
     position = torch.randint(0, capacity + 3, (T, 2), generator=generator)
-    position[0, 1], position[1, 1], position[2, 1] = -1, capacity, 0
+    position[0, 1], position[1, 1] = -1, capacity
+    position[2, 1] = torch.randint(capacity, (), generator=generator)
     kept = (position >= 0) & (position < capacity)
     logits = 4 * torch.randn(T, 2, generator=generator)
     logits[2] = torch.tensor([20.0, -20.0])  # so small a gate is 0 in half precision
@@ -329,7 +332,7 @@ _KEPT = Exercise(
     ),
     hints=(
         "Whether a choice found room depends on its place in the queue, not on its gate.",
-        "Kept: a place of at least 0 and below the capacity.",
+        "Two comparisons joined by `&`: one shuts out choices never made, the other those that came too late.",
     ),
 )
 

@@ -42,11 +42,12 @@ _BALANCE = Exercise(
     key="05.1",
     title="The balancing loss",
     task="Write `balancing_loss`: $E \\sum_e f_e P_e$, where $f_e$ is the share of tokens whose first choice is $e$ "
-    "and $P_e$ its mean probability. Your capstone model will train with it.",
+    "and $P_e$ its mean probability. The model you assemble in lesson 6 will train with it.",
     difficulty="medium",
     importance="essential",
     minutes=10,
     solution=balancing_loss,
+    is_piece=True,
     draw=_draw_routing,
     mistakes=(
         Mistake(_balance_all_choices, "You counted second choices too. Here f counts first choices only."),
@@ -96,11 +97,12 @@ _ROUTER_Z = Exercise(
     key="05.2",
     title="The router z-loss",
     task="Write `router_z`: the mean over tokens of $(\\log \\sum_e \\exp x_e)^2$. It must survive logits of 100. "
-    "Your capstone model will train with it.",
+    "The model you assemble in lesson 6 will train with it.",
     difficulty="easy",
     importance="essential",
     minutes=5,
     solution=router_z,
+    is_piece=True,
     draw=_draw_logits,
     mistakes=(
         Mistake(_z_of_mean, "You squared the mean. Square each token's value, then take the mean."),

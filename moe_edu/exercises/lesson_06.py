@@ -255,6 +255,11 @@ def _only_infinities(hidden: Tensor) -> Tensor:
     return torch.where(hidden.isinf(), hidden.sign() * limit, hidden)
 
 
+def _in_fp32(hidden: Tensor) -> Tensor:
+    limit = torch.finfo(torch.float16).max - 1000
+    return hidden.float().clamp(-limit, limit) if hidden.dtype == torch.float16 else hidden
+
+
 def _clamped_for_nothing(hidden: Tensor) -> Tensor:
     return hidden.clone()
 
@@ -263,8 +268,8 @@ _CLAMP = Exercise(
     key="06.4",
     title="fp16 overflows",
     task=(
-        "Write `clamp_overflow`: in fp16 nothing may be beyond `torch.finfo(torch.float16).max - 1000`, in either "
-        "direction. Other dtypes stay as they are."
+        "Write `clamp_overflow`: in fp16 nothing may be beyond `torch.finfo(torch.float16).max - 1000`, which fp16 "
+        "rounds to 64,512, in either direction. Other dtypes stay as they are."
     ),
     difficulty="easy",
     importance="helpful",
@@ -277,6 +282,9 @@ _CLAMP = Exercise(
         Mistake(
             _to_the_largest,
             "You bring infinity to the very largest number: the next addition overflows again. Leave room.",
+        ),
+        Mistake(
+            _in_fp32, "You give back fp32. The next layer's weights are fp16: keep the dtype that came in."
         ),
         Mistake(_only_infinities, "65,000 is finite, and beyond the limit all the same. Clamp every number."),
         Mistake(

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from moe_edu.exercises.exercise import Exercise, Mistake
 
-PAD = 1
-
 # ---- 07.1
 
 
@@ -23,7 +21,9 @@ def shift_right(labels: Tensor, start: int) -> Tensor:
 
 def _draw_labels(generator: torch.Generator) -> tuple[Tensor, int]:
     B, L = torch.randint(2, 7, (2,), generator=generator).tolist()
-    return torch.randint(10, 99, (B, L), generator=generator), 2
+    return torch.randint(10, 99, (B, L), generator=generator), int(
+        torch.randint(10, generator=generator, size=())
+    )
 
 
 def _the_labels(labels: Tensor, start: int) -> Tensor:
@@ -83,7 +83,7 @@ def _draw_logits(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     lengths = torch.randint(1, L, (B, 1), generator=generator)
     lengths[0], lengths[1] = L, 1
     mask = (torch.arange(L) < lengths).float()
-    labels = torch.randint(2, V, (B, L), generator=generator).where(mask > 0, PAD)
+    labels = torch.randint(V, (B, L), generator=generator)  # under padding, too: the mask alone tells
     return 2 * torch.randn(B, L, V, generator=generator), labels, mask
 
 
@@ -212,7 +212,8 @@ def clip_gradients(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
 def _draw_gradients(generator: torch.Generator) -> tuple[list[Tensor], float]:
     scale = 0.02 if torch.rand((), generator=generator) < 0.3 else 2.0
     sizes = torch.randint(2, 6, (3,), generator=generator).tolist()
-    return [scale * (1 + i) * torch.randn(size, 3, generator=generator) for i, size in enumerate(sizes)], 1.0
+    gradients = [scale * (1 + i) * torch.randn(size, 3, generator=generator) for i, size in enumerate(sizes)]
+    return gradients, 0.5 + float(torch.rand((), generator=generator))
 
 
 def _each_alone(gradients: list[Tensor], max_norm: float) -> list[Tensor]:

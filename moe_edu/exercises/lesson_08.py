@@ -11,7 +11,7 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 
 
 def load_matrix(labels: Tensor, experts: Tensor, num_labels: int, num_experts: int) -> Tensor:
-    """labels [N], experts [N] to counts [G, E]: how many tokens of each label chose each expert."""
+    """labels [N], experts [N] to counts [G, E] int64: how many tokens of each label chose each expert."""
     cells = labels * num_experts + experts
     return torch.bincount(cells, minlength=num_labels * num_experts).view(num_labels, num_experts)
 
@@ -180,7 +180,7 @@ _ABLATION = Exercise(
 
 
 def experts_to_keep(load: Tensor, keep: int) -> Tensor:
-    """load [G, E], tokens of each language at each expert, to [keep]: numbers of experts, ascending.
+    """load [G, E], tokens of each language at each expert, to [keep] int64: experts, ascending.
 
     Every language counts alike, however many tokens it has.
     """
@@ -193,7 +193,8 @@ def _draw_load(generator: torch.Generator) -> tuple[Tensor, int]:
     # One large language that lives on some experts, and small ones that live on others.
     large = torch.randint(500, 999, (1, E), generator=generator) * torch.arange(1, E + 1)
     small = torch.randint(1, 9, (4, E), generator=generator) * torch.arange(E, 0, -1) ** 3
-    return torch.cat([large, small])[:, torch.randperm(E, generator=generator)], 2
+    load = torch.cat([large, small])[:, torch.randperm(E, generator=generator)]
+    return load, int(torch.randint(1, E - 1, (), generator=generator))
 
 
 def _keep_by_total(load: Tensor, keep: int) -> Tensor:

@@ -185,7 +185,7 @@ def _switch_with_jittered_experts(hidden: Tensor, jitter: Tensor, router: Tensor
 _SWITCH_LAYER = Exercise(
     key="10.9",
     title="Noise for the router alone",
-    task="Jitter should make the router explore. Here the experts see it too. Mend it. "
+    task="Jitter, random factors near 1, should make the router explore. Here the experts see it too. Mend it. "
     "**The test:** with a single expert, jitter changes nothing.",
     difficulty="medium",
     importance="important",

@@ -368,7 +368,7 @@ _RANDOM_GATES = Exercise(
     key="10.6",
     title="The second gate that fell behind",
     task="Policy “random”, normalised before dropping: the gates of a word that keeps both experts do not sum to 1. "
-    "Mend it. That sum is the test.",
+    "Mend it. That sum is the test; the draw, $2 p_2 > u$, stays as it is.",
     difficulty="medium",
     importance="helpful",
     minutes=5,

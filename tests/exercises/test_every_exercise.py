@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moe_edu.capstone import OURS
 from moe_edu.exercises.compare import compare
 from moe_edu.exercises.judge import judge
 from moe_edu.exercises.registry import all_exercises
@@ -87,3 +88,21 @@ def test_there_are_enough_of_them():
     assert min(lessons.values()) >= 3
     assert sum(lessons.values()) >= 45
     assert sum(bool(exercise.origin) for exercise in all_exercises()) >= 10
+
+
+class TestPieces:
+    """Lesson 06 builds some answers into its model, and must not be the first to refuse them."""
+
+    pieces = {exercise.answer_name: exercise for exercise in all_exercises() if exercise.is_piece}  # noqa: RUF012
+
+    def test_are_all_that_the_model_is_assembled_of(self):
+        assert self.pieces.keys() == OURS.keys()
+
+    @pytest.mark.parametrize("name", ["balancing_loss", "router_z"])
+    @pytest.mark.parametrize("cut", [lambda loss: loss.detach(), lambda loss: torch.tensor(loss.item())])
+    def test_a_loss_without_gradient_is_refused(self, name, cut):
+        exercise = self.pieces[name]
+        verdict = judge(exercise, lambda *inputs: cut(exercise.solution(*inputs)), 0)
+        assert verdict.outcome == "wrong"
+        assert "lesson 6" in verdict.message
+        assert "gradient" in verdict.message

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import sys
 import time
+from dataclasses import replace
 
 import nbformat
 import pytest
@@ -120,6 +122,24 @@ class TestJudge:
             "The values are right, but your function changes its inputs. Work on a copy.",
         )
 
+    def test_changed_inputs_are_found_in_lists_and_dictionaries(self):
+        def solution(xs, named):
+            return [2 * x for x in xs]
+
+        def spoil_list(xs, named):
+            return [x.mul_(2) for x in xs]
+
+        def spoil_dictionary(xs, named):
+            named.pop("y")
+            return solution(xs, named)
+
+        exercise = replace(
+            FUNCTION, solution=solution, draw=lambda g: ([torch.ones(2)], {"y": torch.ones(1)})
+        )
+        assert judge(exercise, solution, 0).outcome == "right"
+        for answer in (spoil_list, spoil_dictionary):
+            assert "changes its inputs" in judge(exercise, answer, 0).message
+
     @pytest.mark.parametrize("answer", [None, ...])
     def test_nothing_is_not_attempted(self, answer):
         assert judge(FUNCTION, answer, 0).outcome == "not attempted"
@@ -168,6 +188,7 @@ class TestCompare:
             ([1], (1, 2), "should hold 2 values, not 1 values"),
             ({"b": 1}, {"a": 1}, "should be a dictionary with the keys a"),
             (torch.zeros(2), torch.zeros(2, dtype=torch.bool), "should be a tensor bool [2]"),
+            (torch.zeros(2), torch.zeros(2, dtype=torch.int64), "should be a tensor int64 [2]"),
             (None, "a", "should be a str, not a NoneType"),
         ],
     )
@@ -313,6 +334,30 @@ class TestProgress:
     def test_refuses_a_file_that_is_not_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="there is no file"):
             exercises.import_progress(tmp_path / "none.json")
+
+    def test_a_class_in_one_table(self, tmp_path, progress_file):
+        self.solve()
+        for name in ("ana", "<b>bo"):
+            exercises.export_progress(tmp_path / f"{name}.json")
+        (tmp_path / "cy.json").write_text("{", "utf-8")
+        before = progress_file.read_text("utf-8")
+        html = exercises.class_table(tmp_path.glob("*.json"))
+        assert progress_file.read_text("utf-8") == before, "a teacher's own progress is another matter"
+        rows = [re.findall(r"<bdi[^>]*>([^<]*)</bdi>|>(\d+)<", row) for row in html.split("<tr>")[2:]]
+        assert [["".join(cell) for cell in row] for row in rows[1:]] == [
+            ["&lt;b&gt;bo", *"00100000000", "1"],
+            ["ana", *"00100000000", "1"],
+            ["cy", *["–"] * 12],
+        ]
+        assert "cy.json is not a progress file" in html
+        _, unsolved = html.split("Solved by nobody: ")
+        assert "02.2" in unsolved
+        assert "02.1" not in unsolved
+
+    @pytest.mark.parametrize("paths", [[], ["none.json"]])
+    def test_a_class_without_files(self, paths, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"progress files|there is no file"):
+            exercises.class_table(tmp_path / path for path in paths)
 
     def test_source_in_an_import_is_shown_and_never_run(self, tmp_path, capsys):
         file = tmp_path / "theirs.json"

@@ -1,0 +1,42 @@
+"""What a class has solved: one table over the progress files that its learners exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from moe_edu.exercises.progress import ProgressError, load_progress
+from moe_edu.exercises.registry import LESSONS, all_exercises, exercises_of
+from moe_edu.figures_html import table_html
+
+
+def class_table(paths: Iterable[str | Path]) -> str:
+    """HTML: for each file, by name, how many exercises of each lesson are right.
+
+    The caption names those that nobody has solved, and says why a file could not be read; it has a row all the same.
+
+    Raises:
+        FileNotFoundError: no file at all, or one that is not there.
+    """
+    files = sorted(map(Path, paths))
+    if not files:
+        raise FileNotFoundError("no progress files: give those that exercises.export_progress wrote")
+    keys = [[exercise.key for exercise in exercises_of(lesson)] for lesson in LESSONS]
+    rows: list[list[str | int]] = [["all there are", *map(len, keys), len(all_exercises())]]
+    solved: set[str] = set()
+    notes = []
+    for path in files:
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file {path}")
+        try:
+            right = {key for key, entry in load_progress(path).items() if entry["right"]}
+        except ProgressError as error:
+            rows.append([path.stem, *["–"] * (len(keys) + 1)])
+            notes.append(f"{error}.")
+            continue
+        counts = [len(right.intersection(lesson)) for lesson in keys]
+        rows.append([path.stem, *counts, sum(counts)])
+        solved |= right
+    unsolved = [key for lesson in keys for key in lesson if key not in solved]
+    notes.append(f"Solved by nobody: {', '.join(unsolved) or 'none'}.")
+    return table_html(["", *LESSONS, "all"], rows, " ".join(notes))
