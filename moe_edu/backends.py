@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -42,18 +43,18 @@ def explain_backend(
     device, E = experts.w1.device, experts.w1.shape[0]
     slots = E * min(capacity, rows)
     return choose_backend(
-        device, dtype or experts.w1.dtype, experts.w1.shape[1:], slots <= _SLOTS_PER_ROW * (rows + E)
+        device, dtype or experts.w1.dtype, experts.w1.shape, slots <= _SLOTS_PER_ROW * (rows + E)
     )
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, widths: Sequence[int], few_slots: bool = True
+    device: torch.device, dtype: torch.dtype, shape: Sequence[int], few_slots: bool = True
 ) -> BackendChoice:
     """The back end that "auto" stands for: grouped products where the device has them, padded ones elsewhere.
 
     Args:
         device, dtype: of the products.
-        widths: F and D.
+        shape: E, F and D.
         few_slots: whether padding would leave few slots empty.
     """
     if device.type != "cuda":
@@ -62,7 +63,7 @@ def choose_backend(
         return BackendChoice(
             "grouped", f"on {device.type} products over exactly each expert's rows are fastest ({how})"
         )
-    why_not = why_no_grouped_mm(device, dtype, widths)
+    why_not = why_no_grouped_mm(device, dtype, shape)
     if why_not is None:
         return BackendChoice("grouped", "CUDA multiplies the rows of all experts in one grouped product")
     if few_slots:
@@ -73,12 +74,13 @@ def choose_backend(
     )
 
 
-def why_no_grouped_mm(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str | None:
-    """Why PyTorch has no grouped product that stays on the GPU; None where it has.
+def why_no_grouped_mm(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    """Why PyTorch has no grouped product that stays on the GPU, for weights `[E, F, D]`; None where it has.
 
-    Source: pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp. Its `_grouped_mm` also takes other GPUs and dtypes, and
-    then copies the offsets to the host and loops over the experts.
+    Sources: pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp, whose `_grouped_mm` also takes other GPUs and dtypes,
+    and then copies the offsets to the host and loops over the experts; GroupMM.cu, for the rest.
     """
+    E, *widths = shape
     if device.type != "cuda":
         return "only CUDA has one"
     if dtype != torch.bfloat16:
@@ -86,6 +88,10 @@ def why_no_grouped_mm(device: torch.device, dtype: torch.dtype, widths: Sequence
     for width in widths:
         if width * dtype.itemsize % 16 != 0:
             return f"CUDA's grouped product takes rows of whole 16 bytes, not {width * dtype.itemsize}"
+    if E >= 1024:
+        return f"CUDA's grouped product takes fewer than 1,024 experts, not {E}"
+    if sys.platform == "win32":
+        return "PyTorch does not build CUDA's grouped product for Windows"
     major, minor = torch.cuda.get_device_capability(device)
     if major not in (9, 10):
         return f"CUDA's grouped product takes GPUs of compute capability 9 and 10, not {major}.{minor}"

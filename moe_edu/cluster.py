@@ -26,7 +26,8 @@ class Cluster:
     D and F from the released `config.json`.
 
     Raises:
-        ValueError: a number below its least value, or neither of `devices` and `experts` divides the other.
+        ValueError: a number below its least value, neither of `devices` and `experts` divides the other, or groups and
+            nodes that cut each other.
     """
 
     experts: int = 128
@@ -47,6 +48,11 @@ class Cluster:
         if self.devices % self.experts and self.experts % self.devices:
             raise ValueError(
                 f"{self.experts} experts do not share out evenly over {self.devices} devices: "
+                "let one number divide the other"
+            )
+        if self.group_size % self.devices_per_node and self.devices_per_node % self.group_size:
+            raise ValueError(
+                f"groups of {self.group_size} devices and nodes of {self.devices_per_node} cut each other: "
                 "let one number divide the other"
             )
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def why_not_compiled(dtype: torch.dtype) -> str | None:
@@ -30,10 +31,19 @@ def can_be_compiled(*tensors: Tensor) -> bool:
     The shapes and strides are for the caller to check: compiled code trusts them.
     """
     return (
-        # Modes that count FLOPs, or infer shapes from tensors without memory, see PyTorch's operators alone.
-        torch._C._len_torch_dispatch_stack() == 0
+        not _is_watched()
         and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
         and why_not_compiled(torch.float32) is None
+    )
+
+
+def _is_watched() -> bool:
+    """Whether somebody follows PyTorch's operators, and would not see compiled code."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0  # counts FLOPs, or infers shapes from tensors without memory
+        or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func: vmap, jvp, ...
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
     )
 
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, Self, get_args
 
 SecondExpertPolicy = Literal["all", "sampling", "random"]
 ActivationName = Literal["relu", "gelu", "silu"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (Integral,),
+    "int | None": (Integral, NoneType),
+    "float": (Real,),
+    "bool": (bool,),
+}
+# No file has to hold the table of positions, so that nothing else would bound what a stranger's file asks for.
+_MOST_POSITIONS = 2**17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +43,7 @@ class MoEConfig:
         gradient_checkpointing: recompute each layer in backward instead of keeping its activations.
 
     Raises:
-        ValueError: a field is out of its range; the message names the field and the mend.
+        ValueError: a field of another type or out of its range; the message names the field and the mend.
     """
 
     vocab_size: int = 128112
@@ -80,6 +91,19 @@ class MoEConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            kind, value = str(field.type), getattr(self, field.name)
+            if kind in _KINDS:
+                # bool is an int to Python.
+                fits = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
+                self._require(fits, field.name, f"be of type {kind}")
+            if isinstance(value, float):
+                self._require(math.isfinite(value), field.name, "be finite")
+        self._require(
+            self.max_position_embeddings <= _MOST_POSITIONS,
+            "max_position_embeddings",
+            f"be at most {_MOST_POSITIONS:,}",
+        )
         for name in ("vocab_size", "max_position_embeddings", "d_model", "num_experts"):
             self._require(getattr(self, name) >= 1, name, "be at least 1")
         for name in ("encoder_layers", "decoder_layers"):
@@ -155,7 +179,7 @@ def _read_config_file(path: Path) -> Mapping[str, Any]:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")

@@ -7,7 +7,7 @@ rows behind the last expert's belong to nobody and come back as zeros.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,15 @@ class Experts(nn.Module):
         backend: "loop" is one plain product an expert, "grouped" one grouped product over sorted rows, "padded" one
             batched product over E slots of equal size; "auto" picks by device, dtype and
             sizes, see `explain_backend`.
+
+    Raises:
+        ValueError: a back end that does not exist.
     """
 
     def __init__(self, config: MoEConfig, ffn_dim: int | None = None, backend: Backend = "auto") -> None:
         super().__init__()
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
         E, D, F_ = config.num_experts, config.d_model, ffn_dim or config.encoder_ffn_dim
         self.act = ACTIVATIONS[config.activation_function]
         self.dropout = config.activation_dropout
@@ -64,7 +69,7 @@ class Experts(nn.Module):
             return _loop(rows, counts, self._hidden, weights)
         if backend == "padded":
             return _padded(rows, counts, min(capacity, rows.shape[0]), self._hidden, weights)
-        if why_no_grouped_mm(rows.device, dtype, self.w1.shape[1:]) is None:
+        if why_no_grouped_mm(rows.device, dtype, self.w1.shape) is None:
             return _grouped_mm(rows, counts, self._hidden, weights)
         if torch.is_grad_enabled():
             return _grouped(rows, counts, self._hidden, weights, self.pages)

@@ -7,7 +7,8 @@ own. Which process computes a shard changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,13 @@ class Shard(NamedTuple):
     batch: Batch
     weight: float
     seed: int
+
+
+class ScaledShard(NamedTuple):
+    """A shard to differentiate, and what to multiply its gradients with: fp16 would round small ones to zero."""
+
+    shard: Shard
+    loss_scale: float
 
 
 class ShardResult(NamedTuple):
@@ -67,11 +75,7 @@ def add_gradients(
     """Add the shard's share of the gradients, times `loss_scale`, to the parameters'. Draws from its own seed alone."""
     device = model.shared.weight.device
     dtype = autocast_dtype(settings.precision, device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # torch.manual_seed would note the call's traceback for every kind of device, which takes milliseconds.
-        torch.default_generator.manual_seed(shard.seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(shard.seed)
+    with seeded(shard.seed, device):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             batch = shard.batch.to(device)
             output = model(batch.source_ids, batch.source_mask, batch.decoder_input_ids, batch.decoder_mask)
@@ -79,6 +83,21 @@ def add_gradients(
         (loss.total * (loss_scale * shard.weight)).backward()
     detached = MoELoss(*(part.detach() for part in loss))
     return ShardResult(detached, metrics, expert_load(output))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from `seed` alone meanwhile, on the CPU and on `device`; afterwards random states are as they were."""
+    cuda = device.type == "cuda"
+    with (
+        torch.random.fork_rng(devices=[device] if cuda else []),
+        torch.cuda.device(device) if cuda else nullcontext(),  # the one that torch.cuda.manual_seed seeds
+    ):
+        # torch.manual_seed would note the call's traceback for every kind of device, which takes milliseconds.
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed(seed)
+        yield
 
 
 def mean_loss(shards: Sequence[Shard], results: Sequence[ShardResult]) -> MoELoss:

@@ -38,15 +38,19 @@ class Machine(NamedTuple):
 def this_machine() -> Machine:
     """Look at the machine that this runs on."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         python=platform.python_version(),
         torch=torch.__version__,
-        cores=cores,
+        cores=usable_cores(),
         memory_gb=_usable_memory_gb(),
         gpu=gpu.name if gpu else None,
         gpu_memory_gb=gpu.total_memory / 1e9 if gpu else None,
     )
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def advise(machine: Machine) -> tuple[str, ...]:

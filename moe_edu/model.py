@@ -217,12 +217,21 @@ class MoEDecoder(nn.Module):
     ) -> DecoderOutput:
         """Decode `input_ids [B, L]` against `encoder_hidden [B, S, D]`.
 
-        With a `cache`, `input_ids` holds only the tokens after those cached, and no `attention_mask` is taken.
+        With a `cache`, `input_ids` holds only the tokens after those cached, and no `attention_mask` is taken; each
+        source may then serve several rows in turn, as the beams of a sentence share one: `[B * W, L]`.
+
+        Raises:
+            ValueError: rows that do not match the sources, a mask beside a cache, or the cache of no layers.
         """
         config = self.config
+        rows, sources = len(input_ids), len(encoder_hidden)
+        if rows != sources and (cache is None or rows % sources):
+            raise ValueError(f"{rows} rows of decoder ids for {sources} sources: give each source its own")
+        if cache is not None and not cache:
+            raise ValueError("a decoder without layers keeps no cache: decode without one")
         if cache is not None and attention_mask is not None:
             raise ValueError("attention_mask cannot be combined with a cache: decode unpadded prefixes")
-        past_length = 0 if not cache else cache[0].self_attention.key.shape[2]
+        past_length = 0 if cache is None else cache[0].self_attention.key.shape[2]
         hidden, words = embed(self.embed_tokens, input_ids, None, config)
         hidden = F.dropout(hidden + self.embed_positions(words, past_length), config.dropout, self.training)
         padding_mask = padding_from_attention_mask(attention_mask, words.shape)

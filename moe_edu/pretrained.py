@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moe_edu.budget import stored_parameters
 from moe_edu.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
+from moe_edu.config import MoEConfig
 from moe_edu.data import UNDETERMINED, Tokenizer, require_languages
 from moe_edu.model import MoETranslator
 from moe_edu.routing import RouterOutput
@@ -156,6 +158,18 @@ def load_pretrained(
             f"the tokenizer in {directory} has {len(tokenizer)} ids, the model {config.vocab_size}: "
             "they are not of one training run"
         )
+    _check_size(config, tensors, directory)
     model = MoETranslator(config)
     model.load_hf_state_dict(tensors)
     return TextTranslator(model.eval().to(device), tokenizer)
+
+
+def _check_size(config: MoEConfig, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Refuse a model much larger than its file before it takes any memory: the configuration is somebody's text."""
+    layers = max(config.encoder_layers, config.decoder_layers)
+    given = sum(tensor.numel() for tensor in tensors.values())
+    if layers > len(tensors) or stored_parameters(config).total > given:
+        raise CheckpointError(
+            f"the configuration in {directory} is of a larger model than its {given:,} weights: "
+            "they are not of one training run"
+        )

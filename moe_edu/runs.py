@@ -73,7 +73,8 @@ def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"nothing to resume in {directory}: leave out --resume to start a run there")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: what is mapped would hold the file, which Windows then refuses to replace.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return json.loads(file.metadata()["progress"]), tensors
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error

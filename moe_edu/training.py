@@ -7,7 +7,6 @@ same weights: the state on disk holds the weights, the optimizer and the step, f
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,9 +22,17 @@ from tqdm.auto import tqdm
 from moe_edu.capstone import Pieces, assemble
 from moe_edu.data import Batch, Corpus, PairBatches, SentencePair, Tokenizer
 from moe_edu.evaluation import evaluate, sample_examples
-from moe_edu.gradients import add_gradients, autocast_dtype, bind_parameters, cut_shards, mean_load, mean_loss
+from moe_edu.gradients import (
+    add_gradients,
+    autocast_dtype,
+    bind_parameters,
+    cut_shards,
+    mean_load,
+    mean_loss,
+    seeded,
+)
 from moe_edu.losses import MoELoss
-from moe_edu.machine import peak_memory_mb, resolve_device
+from moe_edu.machine import peak_memory_mb, resolve_device, usable_cores
 from moe_edu.metrics import ExpertMetrics, summarize_metrics
 from moe_edu.model import MoETranslator
 from moe_edu.pretrained import TextTranslator
@@ -47,7 +54,7 @@ class TrainingResult:
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient became NaN or infinite; the last good state is still on disk."""
+    """The loss or its gradient became NaN or infinite; a state that was saved before is still on disk."""
 
 
 class StepResult(NamedTuple):
@@ -121,10 +128,10 @@ class Trainer:
         shards = cut_shards(
             batch, resolve_shards(self.settings, self.device), self.settings.seed, self.steps_done
         )
-        if self.workers is not None:
-            self.workers.start(shards[1:])
-        self.gradients.zero_()
         scale = self.scaler.scale(self.gradients.new_ones(()))
+        if self.workers is not None:
+            self.workers.start(shards[1:], scale.item())
+        self.gradients.zero_()
         local = shards if self.workers is None else shards[:1]
         results = [add_gradients(self.model, shard, self.settings, self.pieces, scale) for shard in local]
         if self.workers is not None:
@@ -179,7 +186,8 @@ def train(
         out: where to leave the model, tokenizer, log, state and `result.json`; None keeps everything in memory.
         resume: go on from the state in `out`.
         processes: 1, or as many as the batch has shards, on the CPU; None is the latter where there are so many cores.
-            The weights are the same either way. `torch.get_num_threads()` threads are divided among them.
+            The weights are the same either way where each computes on as many threads, else to rounding.
+            `torch.get_num_threads()` threads are divided among them.
         on_record: called after each log line with the line and the translator, for live plots.
         show_progress: draw a progress bar.
         checkpoint_every: steps between saved states; only with `out`.
@@ -211,8 +219,7 @@ def train(
         seed=settings.seed,
     )
     # The caller's random state is none of our business, and ours must depend on the seed alone.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed, device):
         model = MoETranslator(config).to(device)
     valid = sample_examples(corpus, "valid", targets, settings.eval_sentences, settings.seed, sources)
     # A learner's functions cannot be sent to another process.
@@ -268,7 +275,11 @@ def run_loop(
 ) -> tuple[list[Record], Progress]:
     """Train to the end of the settings' steps or seconds; returns the log and the progress."""
     settings = trainer.settings
-    identity = {"settings": asdict(settings), "config": asdict(trainer.model.config)}
+    identity = {
+        "settings": asdict(settings),
+        "config": asdict(trainer.model.config),
+        "data": {"corpus": batches.digest()},
+    }
     progress = Progress()
     if resume and directory is not None:
         saved = load_state(directory, trainer.model, trainer.optimizer)
@@ -359,7 +370,7 @@ def start_workers(
     device = model.shared.weight.device
     shards = resolve_shards(settings, device)
     if processes is None:
-        processes = shards if device.type == "cpu" and shards <= (os.cpu_count() or 1) else 1
+        processes = shards if device.type == "cpu" and shards <= usable_cores() else 1
     if processes not in (1, shards):
         raise ValueError(f"processes must be 1 or the number of shards, {shards}; got {processes}")
     if processes > 1 and device.type != "cpu":
@@ -391,15 +402,21 @@ def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         for name, value in fields.items():
             # JSON has no tuples.
             value = list(value) if isinstance(value, tuple) else value
-            if saved[part].get(name) != value:
-                differences.append(f"{name} was {saved[part].get(name)!r}, is {value!r}")
+            before = saved.get(part, {}).get(name)
+            if before != value:
+                differences.append(f"{name} was {before!r}, is {value!r}")
     if differences:
-        raise ValueError(f"the run began with other settings: {'; '.join(differences)}")
+        raise ValueError(
+            f"the run began with other settings: {'; '.join(differences)}. Go on with those, or begin anew in another "
+            "folder"
+        )
 
 
 def _diverged(error: Exception, step: int, batch: Batch, directory: Path | None) -> str:
-    kept = f"; the last good state is in {directory}" if directory is not None else ""
+    kept = directory is not None and (directory / STATE_FILE).exists()
+    state = f"; the last good state is in {directory}" if kept else ""
     return (
-        f"training diverged at step {step}: {error}{kept}. The batch: {batch.describe()}. "
-        "Try a lower learning_rate, more warmup_steps, or precision fp32"
+        f"training diverged at step {step}: {error}{state}. The batch: {batch.describe()}. "
+        f"Begin anew{' in another folder' if kept else ''} with a lower learning_rate, more warmup_steps, or "
+        "precision fp32"
     )

@@ -39,7 +39,7 @@ def most_probable(hidden: Tensor, weight: Tensor, k: int) -> MostProbable:
             torch.cat([log_probs for log_probs, _ in best]), torch.cat([tokens for _, tokens in best])
         )
     (N, D), V = hidden.shape, len(weight)
-    found = MostProbable(hidden.new_empty(N, k), torch.empty(N, k, dtype=torch.long))
+    found = MostProbable(hidden.new_empty(N, k), hidden.new_empty(N, k, dtype=torch.long))
     call("most_probable", hidden.contiguous(), weight, *found, N, V, D, k)
     return found
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from moe_edu.gradients import Shard, ShardResult, add_gradients, bind_parameters
+from moe_edu.gradients import ScaledShard, Shard, ShardResult, add_gradients, bind_parameters
 from moe_edu.machine import peak_memory_mb
 from moe_edu.model import MoETranslator
 from moe_edu.settings import TrainingSettings
@@ -70,7 +70,8 @@ class WorkerPool:
         environment = _KEEP_FREED_MEMORY | os.environ | modules
         for index in range(count):
             process = subprocess.Popen(
-                [sys.executable, "-m", "moe_edu.workers"],
+                # -P: a file of the user's called like one of Python's own modules is not one of them.
+                [sys.executable, "-P", "-m", "moe_edu.workers"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
@@ -80,10 +81,10 @@ class WorkerPool:
         for process in self._processes:
             _receive(process)  # ready: the start is no part of the training time
 
-    def start(self, shards: Sequence[Shard]) -> None:
+    def start(self, shards: Sequence[Shard], loss_scale: float = 1.0) -> None:
         """Give each worker one shard; `shards` may be fewer than the workers."""
         for process, shard in zip(self._processes, shards, strict=False):
-            _request(process, shard)
+            _request(process, ScaledShard(shard, loss_scale))
 
     def finish(self, count: int) -> list[ShardResult]:
         """Wait for the `count` shards that were started, and add their gradients to `gradients`, in order."""
@@ -161,8 +162,8 @@ def _trim(input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) ->
 def main() -> None:
     """A worker: answer each request until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever Python or a library prints is no reply
     path, size, count, index, config, settings, threads = pickle.load(requests)
     torch.set_num_threads(threads)
     model = MoETranslator(config)
@@ -177,12 +178,12 @@ def main() -> None:
         if request is None:
             _send(replies, peak_memory_mb())
             continue
-        training = isinstance(request, Shard)
+        training = isinstance(request, ScaledShard)
         if model.training != training:
             model.train(training)
         if training:
             gradients[index].zero_()
-            _send(replies, add_gradients(model, request, settings))
+            _send(replies, add_gradients(model, request.shard, settings, loss_scale=request.loss_scale))
         else:
             ids, mask, options = request
             _send(replies, model.generate(ids, mask, **options))
@@ -216,7 +217,11 @@ class _Pickler(pickle.Pickler):
     """Tensors travel as arrays, without their history: to pickle them as tensors takes longer than some layers."""
 
     def reducer_override(self, value: Any) -> Any:
-        return (torch.from_numpy, (value.detach().numpy(),)) if isinstance(value, Tensor) else NotImplemented
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        if value.dtype == torch.bfloat16:  # which NumPy has not
+            return Tensor.view, (value.detach().view(torch.int16), torch.bfloat16)
+        return torch.from_numpy, (value.detach().numpy(),)
 
 
 def _send(pipe: Any, value: object) -> None:

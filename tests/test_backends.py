@@ -47,9 +47,27 @@ def test_a_named_back_end_runs(backend):
 )
 def test_gpu(dtype, widths, capability, backend, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    choice = choose_backend(CUDA, dtype, widths)
+    choice = choose_backend(CUDA, dtype, (E, *widths))
     assert choice.backend == backend
     assert reason in choice.reason
+
+
+def test_gpu_with_many_experts(hopper):
+    assert choose_backend(CUDA, torch.bfloat16, (1023, 64, 64)).backend == "grouped"
+    assert choose_backend(CUDA, torch.bfloat16, (1024, 64, 64)) == (
+        "padded",
+        "CUDA's grouped product takes fewer than 1,024 experts, not 1024",
+    )
+
+
+def test_gpu_on_windows(hopper, monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    assert choose_backend(CUDA, torch.bfloat16, (E, 64, 64)).backend == "padded"
+
+
+def test_a_back_end_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of auto, loop, grouped, padded; got 'paded'"):
+        make_layer(4, 5, "paded")
 
 
 class TestRoom:
@@ -84,8 +102,8 @@ def test_what_is_explained_is_what_runs(monkeypatch):
     """Under autocast, too, whose dtype is not the weights'; and with the room that the router gives."""
     asked = []
 
-    def remember(device, dtype, widths, few_slots):
-        asked.append((dtype, tuple(widths), few_slots))
+    def remember(device, dtype, shape, few_slots):
+        asked.append((dtype, tuple(shape), few_slots))
         return BackendChoice("padded", "it is a test")
 
     monkeypatch.setattr("moe_edu.backends.choose_backend", remember)
@@ -94,11 +112,11 @@ def test_what_is_explained_is_what_runs(monkeypatch):
         layer(torch.randn(2, 5, 4))
         layer(torch.randn(2, 50, 4))
     assert moe_edu.explain_backend(layer.experts).reason == "it is a test"
-    widths = (6, 4)
+    shape = (E, 6, 4)
     assert asked == [
-        (torch.bfloat16, widths, True),
-        (torch.bfloat16, widths, False),
-        (torch.float32, widths, True),
+        (torch.bfloat16, shape, True),
+        (torch.bfloat16, shape, False),
+        (torch.float32, shape, True),
     ]
 
 
@@ -115,14 +133,14 @@ class TestWithoutMemory:
     @pytest.fixture
     def on_the_gpu(self, monkeypatch):
         """PyTorch's grouped product is run, whatever is chosen."""
-        monkeypatch.setattr("moe_edu.experts.why_no_grouped_mm", lambda device, dtype, widths: None)
+        monkeypatch.setattr("moe_edu.experts.why_no_grouped_mm", lambda device, dtype, shape: None)
 
     @pytest.mark.parametrize("widths", [(24, 16), (24, 20), (20, 16), (17, 16)])
     @pytest.mark.parametrize("tokens", [0, 1, 7])
     def test_pytorch_takes_just_the_widths_that_are_chosen_for_it(self, widths, tokens, on_the_gpu, hopper):
         ffn_dim, d_model = widths
         layer = make_layer(d_model, ffn_dim, "grouped", moe_token_dropout=0.2).bfloat16()
-        if why_no_grouped_mm(CUDA, torch.bfloat16, widths) is None:
+        if why_no_grouped_mm(CUDA, torch.bfloat16, (E, *widths)) is None:
             self.step(layer, tokens)
         else:
             with pytest.raises(RuntimeError, match="16 bytes"):

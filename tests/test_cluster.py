@@ -80,6 +80,7 @@ def test_real_routing_arrives_whole():
     ("fields", "message"),
     [
         ({"experts": 6, "devices": 4}, "6 experts do not share out evenly over 4 devices"),
+        ({"experts": 12, "devices": 12}, "groups of 12 devices and nodes of 8 cut each other"),
         ({"devices": 0}, "devices must be positive"),
         ({"capacity_factor": 0.0}, "capacity_factor must be positive"),
     ],

@@ -38,7 +38,7 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(
             backends, "choose_backend", lambda device, *rest: choose_backend(torch.device("cuda"), *rest)
         )
-    monkeypatch.setattr(experts, "why_no_grouped_mm", lambda device, dtype, widths: None)
+    monkeypatch.setattr(experts, "why_no_grouped_mm", lambda device, dtype, shape: None)
     torch._dynamo.reset()
     yield name
     torch._dynamo.reset()

@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_edu import compiled
+from moe_edu import MoEConfig, MoEEncoder, compiled
 from moe_edu.compiled import can_be_compiled, why_not_compiled
 
 
@@ -51,6 +53,7 @@ def test_serves_fp32_in_the_memory_of_the_cpu(monkeypatch):
     assert not can_be_compiled(x, x)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
 def test_leaves_operators_to_modes_that_must_see_them(monkeypatch):
     monkeypatch.setattr(compiled, "why_not_compiled", lambda dtype: None)
     x = torch.zeros(2)
@@ -58,3 +61,35 @@ def test_leaves_operators_to_modes_that_must_see_them(monkeypatch):
         assert not can_be_compiled(x)
     with FakeTensorMode():
         assert not can_be_compiled(torch.zeros(2))
+    with forward_ad.dual_level():
+        assert not can_be_compiled(x)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(can_be_compiled(row)) or row)(x[None])
+    torch.jit.trace(lambda row: seen.append(can_be_compiled(row)) or row + 1, x, check_trace=False)
+    assert seen == [False, False]
+    assert can_be_compiled(x)
+
+
+class LastHiddenState(nn.Module):
+    """torch.jit takes no named tuples with None in them."""
+
+    def __init__(self, encoder: MoEEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.encoder(ids).last_hidden_state
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_traced_layer_computes_what_the_layer_does(gradients):
+    """While torch.jit traces, a size is a tensor, and compiled code would read its address as a size."""
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = MoEConfig(d_model=16, encoder_layers=1, num_experts=3, vocab_size=50, **heads)
+    model = LastHiddenState(MoEEncoder(config)).eval()
+    ids = torch.randint(3, 50, (2, 6))
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(model, ids, check_trace=False)
+        torch.testing.assert_close(traced(ids), model(ids))

@@ -53,6 +53,14 @@ def test_is_immutable():
         ("router_dtype", "int64"),
         ("pad_token_id", 200_000),
         ("eos_token_id", -1),
+        ("d_model", 1024.0),
+        ("num_experts", True),
+        ("encoder_sparse_step", None),
+        ("expert_capacity", 2.5),
+        ("dropout", "0.1"),
+        ("router_bias", 1),
+        ("expert_capacity_factor", float("inf")),
+        ("max_position_embeddings", 10**9),
     ],
 )
 def test_refuses_values_out_of_range_and_names_the_field(field, value):
@@ -97,7 +105,7 @@ def test_missing_configuration_says_where_it_looked(tmp_path):
         MoEConfig.from_hf(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\udcff"])
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff", "[" * 100_000])
 def test_damaged_configuration_is_a_value_error(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))

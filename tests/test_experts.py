@@ -232,7 +232,7 @@ def test_rows_of_nobody_come_back_finite_and_get_no_gradient(backend):
 
 
 def test_auto_picks_a_back_end_that_exists():
-    assert choose_backend(torch.device("cpu"), torch.float32, (4, 3)).backend in BACKENDS
+    assert choose_backend(torch.device("cpu"), torch.float32, (3, 5, 4)).backend in BACKENDS
     layer = SparseMLP(make_config(3, 4), 5)
     assert layer.experts.backend == "auto"
     hidden = torch.randn(2, 5, 4)

@@ -362,6 +362,28 @@ class TestTranslator:
             make_translator(tiny_config())(torch.full((1, 2), 5))
 
 
+def test_decoder_rows_must_fit_their_sources(tiny_config):
+    """Else sentences would attend to parts of each other."""
+    model = make_translator(tiny_config()).eval()
+    batch = make_batch()
+    encoded = model.encoder(batch["input_ids"], batch["attention_mask"])
+    ids = torch.randint(3, 29, (6, 4))
+    with pytest.raises(ValueError, match="6 rows of decoder ids for 3 sources"):
+        model(decoder_input_ids=ids, encoder_output=encoded)
+    cache = model(decoder_input_ids=ids[:3], encoder_output=encoded, use_cache=True).decoder.cache
+    with pytest.raises(ValueError, match="4 rows of decoder ids for 3 sources"):
+        model(decoder_input_ids=ids[:4, :1], encoder_output=encoded, cache=cache)
+
+
+def test_a_decoder_without_layers_keeps_no_cache(tiny_config):
+    model = make_translator(tiny_config(decoder_layers=0)).eval()
+    batch = make_batch()
+    output = model(**batch, use_cache=True)
+    ids = batch["decoder_input_ids"][:, -1:]
+    with pytest.raises(ValueError, match="without layers keeps no cache"):
+        model(decoder_input_ids=ids, encoder_output=output.encoder, cache=output.decoder.cache)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_translator_trains_and_generates(tiny_config, dtype):

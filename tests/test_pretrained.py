@@ -123,6 +123,14 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="not of one training run"):
             load_pretrained(copy)
 
+    @pytest.mark.parametrize("field", ["num_experts", "encoder_layers", "encoder_ffn_dim"])
+    def test_a_configuration_of_a_giant(self, copy, field):
+        """It is refused before it takes any memory."""
+        path = copy / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), field: 10**9}), encoding="utf-8")
+        with pytest.raises(CheckpointError, match="of a larger model than its"):
+            load_pretrained(copy)
+
     def test_no_tokenizer(self, copy):
         (copy / "tokenizer.json").unlink()
         with pytest.raises(CheckpointError, match="tokenizer"):

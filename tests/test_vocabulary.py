@@ -84,6 +84,15 @@ def test_autocast_computes_the_logits_in_its_dtype(either_code):
     assert torch.equal(found.log_probs, expected.values)
 
 
+def test_a_default_device_changes_nothing(either_code):
+    """Compiled code would write to whatever address a GPU's memory has."""
+    hidden, weight = torch.randn(5, 16), torch.randn(30, 16)
+    with torch.device("meta"):
+        found = most_probable(hidden, weight, 3)
+    assert found.tokens.device.type == "cpu"
+    assert torch.equal(found.tokens, (hidden @ weight.T).topk(3).indices)
+
+
 def test_compiled_code_sees_what_fits(monkeypatch):
     called = []
     monkeypatch.setattr(vocabulary, "can_be_compiled", lambda *tensors: True)

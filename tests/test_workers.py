@@ -4,13 +4,15 @@ import itertools
 import os
 import platform
 import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe_edu.data import Batch, PairBatches, Tokenizer, load_corpus
-from moe_edu.gradients import add_gradients, bind_parameters, cut_shards
+from moe_edu.gradients import add_gradients, bind_parameters, cut_shards, seeded
 from moe_edu.model import MoETranslator
 from moe_edu.settings import TrainingSettings, small_config
 from moe_edu.training import Trainer, start_workers
@@ -77,6 +79,49 @@ def test_processes_change_nothing(batches):
         assert len(mine.expert_metrics) == len(theirs.expert_metrics)
         assert mine.expert_load.keys() == theirs.expert_load.keys()
     assert any(len(outcome.expert_metrics) != 2 * shards for outcome in outcomes), "LayerDrop never acted"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_processes_change_nothing_in_half_precision(batches, precision):
+    """Whose gradients are scaled, and whose statistics may be in a dtype that NumPy has not."""
+    settings = replace(SETTINGS, precision=precision)
+    model_fields = {"router_dtype": "bfloat16"}
+    alone, expected = train_steps(make_model(**model_fields), batches, settings, 1)
+    together, outcomes = train_steps(make_model(**model_fields), batches, settings, 2)
+    assert torch.equal(alone, together)
+    for mine, theirs in zip(outcomes, expected, strict=True):
+        for ours, reference in zip(mine.expert_metrics, theirs.expert_metrics, strict=True):
+            assert torch.equal(ours.router_confidence, reference.router_confidence)
+
+
+def test_workers_are_deaf_to_the_folder_and_to_what_libraries_print(batches, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [part or os.getcwd() for part in sys.path])
+    monkeypatch.chdir(tmp_path)
+    Path("queue.py").write_text("raise SystemExit('this is not the standard library')\n")
+    monkeypatch.setenv("MKL_VERBOSE", "1")  # prints each product, where MKL computes them
+    train_steps(make_model(), batches[:1], SETTINGS, 2)
+
+
+def test_a_seed_is_all_that_is_drawn_from():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    draws = []
+    for _ in range(2):
+        with seeded(5, torch.device("cpu")):
+            draws.append(torch.rand(3))
+    assert torch.equal(*draws)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+def test_a_seed_is_all_that_is_drawn_from_on_a_gpu():
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    draws = []
+    for seed in (5, 5, 6):
+        with seeded(seed, last):
+            draws.append(torch.rand(3, device=last))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
 
 
 def test_gradient_is_the_mean_over_all_target_tokens(batches):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -191,6 +192,11 @@ class PairBatches:
     def num_pairs(self) -> int:
         """The pairs of an epoch."""
         return len(self._sources)
+
+    def digest(self) -> str:
+        """The beginning of a SHA-256 of what is read and of what the ids mean: another corpus has another."""
+        parts = (self.tokenizer.to_json().encode(), self.table.tokens.tobytes(), self.table.starts.tobytes())
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def stream(self, start: int = 0) -> Iterator[Batch]:
         """The batches from step `start` on, without end; `stream(k)` continues where k batches of `stream(0)` end."""
