@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "loop", "grouped", "padded"]
 
-# "auto" pads to so many slots a row, one row an expert more than there are. In training there is about one; where every
-# expert has room for every token, E / 2 of them would take memory as E * T * D does, and as much more time.
+# "auto" pads where that makes at most so many slots a row, with one row more an expert. In training there is about one.
+# Where every expert has room for every token there are E / 2, which take memory as E * T * D does, and as much time.
 _SLOTS_PER_ROW = 4
 
 

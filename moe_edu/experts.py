@@ -31,8 +31,8 @@ class Experts(nn.Module):
         config: sizes, activation and dropout.
         ffn_dim: F; None for `config.encoder_ffn_dim`.
         backend: "loop" is one plain product an expert, "grouped" one grouped product over sorted rows, "padded" one
-            batched product over E slots of equal size; "auto" picks by device, dtype and
-            sizes, see `explain_backend`.
+            batched product over E slots of equal size; "auto" picks by device, dtype and sizes,
+            see `explain_backend`.
 
     Raises:
         ValueError: a back end that does not exist.

@@ -141,8 +141,10 @@ def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _same(given: Any, before: Any) -> bool:
     """Whether tensors, and lists, tuples and dictionaries of them, are as they were."""
+    if type(given) is not type(before):
+        return False
     if isinstance(before, Tensor):
-        return torch.equal(given, before)
+        return given.dtype == before.dtype and torch.equal(given, before)
     if isinstance(before, Mapping):
         return given.keys() == before.keys() and all(_same(given[key], before[key]) for key in before)
     if isinstance(before, list | tuple):

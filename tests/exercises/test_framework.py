@@ -137,7 +137,13 @@ class TestJudge:
             FUNCTION, solution=solution, draw=lambda g: ([torch.ones(2)], {"y": torch.ones(1)})
         )
         assert judge(exercise, solution, 0).outcome == "right"
-        for answer in (spoil_list, spoil_dictionary):
+
+        def empty_list(xs, named):
+            result = solution(xs, named)
+            xs[0] = None
+            return result
+
+        for answer in (spoil_list, spoil_dictionary, empty_list):
             assert "changes its inputs" in judge(exercise, answer, 0).message
 
     @pytest.mark.parametrize("answer", [None, ...])
