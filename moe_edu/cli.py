@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import types
@@ -108,7 +109,7 @@ def _split_codes(text: str) -> tuple[str, ...] | None:
 def lab(notebook: str, port: int | None, no_browser: bool) -> None:
     """Open JupyterLab on the lessons."""
     folder = find_notebooks()
-    if shutil.which("jupyter-lab", path=str(Path(sys.executable).parent)) is None:
+    if importlib.util.find_spec("jupyterlab") is None:
         raise click.ClickException('JupyterLab is not installed here: run `pip install "moe-edu[lab]"` first')
     if not (folder / notebook).is_file():
         names = ", ".join(sorted(path.name for path in folder.glob("*.ipynb")))
@@ -238,6 +239,10 @@ def translate(text: tuple[str, ...], to: str, source: str, model: Path | None, b
     from moe_edu.pretrained import load_pretrained
 
     translator = load_pretrained(model)
+    if not text and not sys.stdin.isatty() and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(
+            encoding="utf-8-sig"
+        )  # also on Windows, where piped text is of an older code page
     for line in text or (line.rstrip("\n") for line in sys.stdin):
         click.echo(translator.translate(line, to=to, source=source, num_beams=beams))
 

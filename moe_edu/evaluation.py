@@ -13,6 +13,9 @@ from sacrebleu.metrics import CHRF
 from moe_edu.data import Corpus, SentencePair
 from moe_edu.pretrained import TextTranslator
 
+# So long may a translation be at least, however short its reference: what goes on for longer is wrong in any case.
+_FEWEST_TOKENS = 96
+
 
 @dataclass(frozen=True)
 class Score:
@@ -76,8 +79,9 @@ def translate_examples(
 ) -> list[str]:
     """Translate all examples, in batches of one target language and similar length.
 
-    `options` are those of `TextTranslator.translate_batch`.
+    `options` are those of `TextTranslator.translate_batch`; by default a translation may be as long as its reference.
     """
+    positions = translator.model.config.max_position_embeddings
     results = [""] * len(examples)
     by_length = sorted(
         range(len(examples)), key=lambda i: (examples[i].target_language, len(examples[i].source.encode()))
@@ -86,11 +90,13 @@ def translate_examples(
     while start < len(by_length):
         to = examples[by_length[start]].target_language
         batch = [i for i in by_length[start : start + batch_size] if examples[i].target_language == to]
+        references = translator.tokenizer.encode_pieces([examples[i].target for i in batch])
+        longest = max(_FEWEST_TOKENS, *(len(reference) + 2 for reference in references))
         translations = translator.translate_batch(
             [examples[i].source for i in batch],
             to=to,
             sources=[examples[i].source_language for i in batch],
-            **options,
+            **{"max_new_tokens": min(longest, positions), **options},
         )
         for i, translation in zip(batch, translations, strict=True):
             results[i] = translation

@@ -13,6 +13,7 @@ from moe_edu.budget import stored_parameters
 from moe_edu.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
 from moe_edu.config import MoEConfig
 from moe_edu.data import UNDETERMINED, Tokenizer, require_languages
+from moe_edu.data.text import normalize_text
 from moe_edu.model import MoETranslator
 from moe_edu.routing import RouterOutput
 
@@ -56,14 +57,15 @@ class TextTranslator:
         """Translate one phrase.
 
         Args:
-            text: any text; one without a word in it gives "".
+            text: any text; one that holds nothing but spaces and invisible signs gives "".
             to: FLORES-200 code of the target language.
             source: that of the source language, or "und" to let the model find out.
             num_beams: 1 for greedy search.
             max_new_tokens: longest translation, in tokens.
 
         Raises:
-            UnknownLanguageError: a code that does not exist, with near matches, or that the model was not trained on.
+            UnknownLanguageError: a code that does not exist, with near matches, or that the model has no tag for. It
+                may have a tag for a target that it was never trained to write: that comes out as nonsense.
             ValueError: a text longer than the model's positions.
         """
         return self.translate_batch(
@@ -95,7 +97,8 @@ class TextTranslator:
         )
         translations = (self.tokenizer.decode(row) for row in generated.tolist())
         return [
-            translation if text.strip() else "" for text, translation in zip(texts, translations, strict=True)
+            translation if normalize_text(text) else ""
+            for text, translation in zip(texts, translations, strict=True)
         ]
 
     @torch.no_grad()

@@ -71,6 +71,16 @@ class TrainingSettings:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"TrainingSettings.{name} must be positive; got {getattr(self, name)}")
+        for name in ("seed", "warmup_steps", "eval_sentences", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"TrainingSettings.{name} must be at least 0; got {getattr(self, name)}")
+        if not 0 <= self.und_rate <= 1:
+            raise ValueError(f"TrainingSettings.und_rate must lie in [0, 1]; got {self.und_rate}")
+        for name in ("languages", "sources", "targets"):
+            if getattr(self, name) == ():
+                raise ValueError(
+                    f"TrainingSettings.{name} names no language: name one, or leave it out for all"
+                )
         for name in ("seconds", "shards"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from torch.nn.utils import parameters_to_vector
 from tqdm.auto import tqdm
 
 from moe_edu.capstone import Pieces, assemble
+from moe_edu.config import MoEConfig
 from moe_edu.data import Batch, Corpus, PairBatches, SentencePair, Tokenizer
 from moe_edu.evaluation import evaluate, sample_examples
 from moe_edu.gradients import (
@@ -202,9 +204,9 @@ def train(
     settings = settings or TrainingSettings()
     directory = prepare_directory(out, resume)
     device = resolve_device(settings.device)
-    languages = settings.languages or corpus.languages
-    sources = settings.sources or languages
-    targets = settings.targets or languages
+    languages = tuple(dict.fromkeys(settings.languages or corpus.languages))
+    sources = tuple(dict.fromkeys(settings.sources or languages))
+    targets = tuple(dict.fromkeys(settings.targets or languages))
     corpus = corpus.restrict(languages)
     tokenizer = Tokenizer.train(corpus.train.texts(), languages, settings.vocab_size)
     config = small_config(**{**(model_fields or {}), "vocab_size": len(tokenizer)})
@@ -221,7 +223,12 @@ def train(
     # The caller's random state is none of our business, and ours must depend on the seed alone.
     with seeded(settings.seed, device):
         model = MoETranslator(config).to(device)
-    valid = sample_examples(corpus, "valid", targets, settings.eval_sentences, settings.seed, sources)
+    valid, test = (
+        _fitting(
+            sample_examples(corpus, split, targets, count, settings.seed, sources), split, tokenizer, config
+        )
+        for split, count in (("valid", settings.eval_sentences), ("test", test_sentences))
+    )
     # A learner's functions cannot be sent to another process.
     with start_workers(model, settings, processes if pieces is None else 1) as workers:
         trainer = Trainer(model, settings, pieces, workers)
@@ -230,8 +237,9 @@ def train(
             trainer, translator, batches, valid, directory, resume, on_record, show_progress, checkpoint_every
         )
         trainer.model.eval()
-        examples = sample_examples(corpus, "test", targets, test_sentences, settings.seed, sources)
-        test = evaluate(translator, examples, generate=trainer.generate)
+        if directory is not None:
+            translator.save(directory, store_dtype)
+        scores = evaluate(translator, test, generate=trainer.generate)
         workers_mb = 0.0 if workers is None else workers.peak_memory_mb()
     own_mb = peak_memory_mb()
     summary = {
@@ -239,15 +247,33 @@ def train(
         "steps": progress.step,
         "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9)),
         "parameters": trainer.weights.numel(),
-        "test": test.to_json(),
+        "test": scores.to_json(),
         "peak_rss_mb": None if own_mb is None else own_mb + workers_mb,
         "settings": asdict(settings),
         "config": asdict(config),
     }
     if directory is not None:
-        translator.save(directory, store_dtype)
         write_json(directory / RESULT_FILE, summary)
     return TrainingResult(translator, history, summary)
+
+
+def _fitting(
+    examples: list[SentencePair], split: str, tokenizer: Tokenizer, config: MoEConfig
+) -> list[SentencePair]:
+    """Those that the model has positions for, as in training; says how many it has not."""
+    lengths = (
+        map(len, tokenizer.encode_pieces([getattr(example, side) for example in examples]))
+        for side in ("source", "target")
+    )
+    limit = config.max_position_embeddings - 2  # the language's tag and </s>
+    kept = [example for example, *length in zip(examples, *lengths, strict=True) if max(length) <= limit]
+    if len(kept) < len(examples):
+        warnings.warn(
+            f"{len(examples) - len(kept)} of {len(examples)} {split} pairs have more than {limit} tokens and are left "
+            "out, as such pairs are in training: raise max_position_embeddings to read them",
+            stacklevel=3,
+        )
+    return kept
 
 
 class Progress(NamedTuple):

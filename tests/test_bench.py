@@ -402,6 +402,13 @@ class TestCommand:
         assert result.exit_code == 2
         assert "positive whole numbers" in result.output
 
+    @pytest.mark.parametrize("option", ["--json", "--plot"])
+    def test_refuses_a_folder_that_is_not_there_before_it_measures(self, option):
+        result = CliRunner().invoke(bench, ["layer", "--quick", option, "nowhere/file.svg"])
+        assert result.exit_code == 2
+        assert "there is no folder nowhere: make it first" in result.output
+        assert "ms" not in result.output
+
     def test_refuses_another_kind_of_picture(self):
         result = CliRunner().invoke(bench, ["curve", "--quick", "--plot", "curve.png"])
         assert result.exit_code == 2

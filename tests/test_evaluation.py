@@ -4,7 +4,8 @@ import pytest
 from sacrebleu.metrics import CHRF
 
 from moe_edu.data import SentencePair, load_corpus
-from moe_edu.evaluation import sample_examples, score, score_examples
+from moe_edu.evaluation import sample_examples, score, score_examples, translate_examples
+from moe_edu.pretrained import load_pretrained
 
 
 def pair(source_language, kind, target):
@@ -23,6 +24,22 @@ def test_is_sacrebleus_chrf_plus_plus():
     expected = CHRF(word_order=2).corpus_score(hypotheses, [references]).score
     assert score(hypotheses, references).chrf == expected
     assert score(hypotheses, references).exact_match == 0
+
+
+def test_a_translation_may_be_as_long_as_its_reference(monkeypatch):
+    translator = load_pretrained()
+    longest = []
+
+    def generate(ids, mask, *, max_new_tokens, **_):
+        longest.append(max_new_tokens)
+        return ids
+
+    examples = [SentencePair("a", target, "fra_Latn", "eng_Latn", "date") for target in ("a", "a 1 " * 45)]
+    for example in examples:
+        translate_examples(translator, [example], generate=generate)
+    needed = 2 + len(translator.tokenizer.encode_pieces([examples[1].target])[0])
+    assert longest == [96, needed]
+    assert 96 < needed <= translator.model.config.max_position_embeddings
 
 
 def test_nothing_scores_zero():

@@ -1,9 +1,12 @@
 """The project's own files: one list of dependencies, pins in one place, README links that lead somewhere."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 from moe_edu.exercises.registry import all_exercises
@@ -28,6 +31,31 @@ def as_conda(requirements: list[str]) -> set[str]:
 def test_conda_installs_the_packages_list():
     wanted = as_conda(PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["lab"])
     assert set(conda_list("environment.yml")) == wanted | {"python>=3.11,<3.14", "pip"}
+
+
+@pytest.mark.parametrize("path", ["environment.yml", "binder/environment.yml"])
+def test_pip_takes_what_conda_hands_it(path, tmp_path):
+    """conda writes these lines into a requirements file, which takes fewer options than pip's command line."""
+    environment = yaml.safe_load((ROOT / path).read_text("utf-8"))
+    lines = [
+        line for entry in environment["dependencies"] if isinstance(entry, dict) for line in entry["pip"]
+    ]
+    file = tmp_path / "requirements.txt"
+    file.write_text("\n".join(lines), "utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--no-build-isolation",
+        "-r",
+        str(file),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Invalid requirement" not in done.stderr
+    assert "no such option" not in done.stderr
 
 
 def test_binder_installs_the_same_but_what_it_brings_itself():

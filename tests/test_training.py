@@ -100,6 +100,14 @@ class TestResult:
         assert {"valid/chrf", "valid/exact_match"} <= lines[1].keys()
         assert "valid/chrf" in lines[2], "the last line looks at the validation split"
 
+    def test_sentences_without_positions_are_left_out_and_named(self, corpus, tmp_path):
+        """In training they are; one in the test must not cost the run its model."""
+        limit = {"max_position_embeddings": 24}
+        with pytest.warns(UserWarning, match=r"of 6 test pairs have more than 22 tokens and are left out"):
+            result = run(corpus, out=tmp_path, model_fields={**TINY, **limit})
+        assert 0 < result.summary["test"]["sentences"] < 6
+        assert load_pretrained(tmp_path).model.config.max_position_embeddings == 24
+
     def test_dense_model_trains(self, corpus):
         result = run(corpus, model_fields={**TINY, "encoder_sparse_step": 0})
         assert not any(name.startswith("experts/") for name in result.history[-1])
@@ -266,6 +274,14 @@ class TestSchedule:
         assert learning_rate_at(settings, 500, 0.5) == pytest.approx(0.5)
         assert learning_rate_at(settings, 1000, 1.0) == pytest.approx(0.0)
         assert learning_rate_at(settings, 1000, 1.2) == pytest.approx(0.0), "late by the clock"
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("und_rate", 5.0), ("warmup_steps", -5), ("seed", -1), ("eval_sentences", -5), ("targets", ())],
+    )
+    def test_settings_that_make_no_sense_are_refused(self, field, value):
+        with pytest.raises(ValueError, match=rf"TrainingSettings\.{field} "):
+            TrainingSettings(**{field: value})
 
     @pytest.mark.parametrize("field", ["steps", "seconds", "batch_tokens", "learning_rate", "clip_norm"])
     def test_settings_out_of_range_are_refused(self, field):

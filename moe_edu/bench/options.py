@@ -42,7 +42,15 @@ def _parse_integers(_: click.Context, parameter: click.Parameter, text: str) -> 
     return values
 
 
-def _require_svg(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+def _require_folder(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Before minutes of measuring, not after."""
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {path.parent}: make it first", param=parameter)
+    return path
+
+
+def _require_svg(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    _require_folder(context, parameter, path)
     if path is not None and path.suffix != ".svg":
         raise click.BadParameter(
             f"{path.name}: the plot is an SVG picture; end its name in .svg", param=parameter
@@ -65,7 +73,12 @@ memory_option = click.option(
     "--memory/--no-memory", default=True, show_default=True, help="Also measure peak memory."
 )
 json_option = click.option(
-    "--json", "json_path", type=_FILE, default=None, help="Write every number to this file."
+    "--json",
+    "json_path",
+    type=_FILE,
+    default=None,
+    callback=_require_folder,
+    help="Write every number to this file.",
 )
 plot_option = click.option(
     "--plot",

@@ -167,7 +167,9 @@ class PairBatches:
             UnknownLanguageError: a source or target that the corpus lacks, or a language that the tokenizer lacks.
             ValueError: no pair is left.
         """
-        sources = corpus.languages if sources is None else sources
+        # Named twice, a language counts once.
+        sources = tuple(dict.fromkeys(corpus.languages if sources is None else sources))
+        targets = tuple(dict.fromkeys(targets))
         require_languages([*sources, *targets], corpus.languages, "this corpus")
         require_languages(corpus.languages, tokenizer.languages, "this tokenizer")
         self.languages = corpus.languages

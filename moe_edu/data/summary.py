@@ -6,6 +6,7 @@ import sys
 
 from moe_edu.data.corpus import Corpus, load_corpus
 from moe_edu.data.languages import get_language
+from moe_edu.data.shipped import CorpusError
 from moe_edu.data.splits import SPLITS
 from moe_edu.data.tokenizer import Tokenizer
 from moe_edu.data.user_data import read_corpus
@@ -48,4 +49,7 @@ def count_kinds(corpus: Corpus) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(corpus_summary(read_corpus(sys.argv[1]) if len(sys.argv) > 1 else None))
+    try:
+        print(corpus_summary(read_corpus(sys.argv[1]) if len(sys.argv) > 1 else None))
+    except CorpusError as error:
+        sys.exit(f"Error: {error}")

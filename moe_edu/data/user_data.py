@@ -131,7 +131,8 @@ def _language_columns(path: Path, columns: Sequence[str]) -> tuple[str, ...]:
 def _flores_languages(folder: Path, suffix: str) -> tuple[str, ...]:
     """The codes of the files `<code><suffix>`, in order; other files are none of ours."""
     try:
-        languages = tuple(sorted(path.stem for path in folder.iterdir() if path.suffix == suffix))
+        files = [path for path in folder.iterdir() if path.suffix == suffix and not path.name.startswith(".")]
+        languages = tuple(sorted(path.stem for path in files))
     except OSError as error:
         raise CorpusError(
             f"{folder}: cannot be read ({error.strerror}); FLORES-200 has dev and devtest"

@@ -25,17 +25,20 @@ def class_table(paths: Iterable[str | Path]) -> str:
     rows: list[list[str | int]] = [["all there are", *map(len, keys), len(all_exercises())]]
     solved: set[str] = set()
     notes = []
+    stems = [path.stem for path in files]
     for path in files:
+        # In a folder for each learner all files may have the same name.
+        name = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}"
         if not path.exists():
             raise FileNotFoundError(f"there is no file {path}")
         try:
             right = {key for key, entry in load_progress(path).items() if entry["right"]}
         except ProgressError as error:
-            rows.append([path.stem, *["–"] * (len(keys) + 1)])
+            rows.append([name, *["–"] * (len(keys) + 1)])
             notes.append(f"{error}.")
             continue
         counts = [len(right.intersection(lesson)) for lesson in keys]
-        rows.append([path.stem, *counts, sum(counts)])
+        rows.append([name, *counts, sum(counts)])
         solved |= right
     unsolved = [key for lesson in keys for key in lesson if key not in solved]
     notes.append(f"Solved by nobody: {', '.join(unsolved) or 'none'}.")

@@ -72,6 +72,8 @@ def describe(value: Any) -> str:
 def _compare_tensors(got: Any, expected: Tensor, tolerance: float, name: str) -> Comparison:
     if not isinstance(got, Tensor):
         return Comparison(0, 1, f"{name} should be {describe(expected)}, not {describe(got)}")
+    if got.layout != torch.strided:
+        return Comparison(0, 1, f"{name} should be an ordinary tensor, not {got.layout}")
     if got.shape != expected.shape:
         shapes = f"{list(got.shape)} instead of {list(expected.shape)}"
         return Comparison(0, 1, f"{name} has the shape {shapes}")

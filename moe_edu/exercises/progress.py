@@ -60,9 +60,9 @@ def load_progress(path: Path | None = None) -> dict[str, dict[str, Any]]:
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']!r}, this version reads {_FORMAT}")
         return {str(key): _entry(entry) for key, entry in content["exercises"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ProgressError(
-            f"{path} is not a progress file that can be read ({error}): move it away, or import an export"
+            f"{path} is not a progress file that can be read ({error}): move it away"
         ) from error
 
 
@@ -144,4 +144,7 @@ def _write(path: Path, entries: dict[str, dict[str, Any]]) -> None:
     )
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as temporary:
         temporary.write(text + "\n")
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary.name, 0o666 & ~umask)  # a temporary file is its owner's alone; a teacher reads exports
     os.replace(temporary.name, path)

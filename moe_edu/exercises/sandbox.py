@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 
@@ -81,8 +81,9 @@ def _answer_and_exit(check: Callable[[], Verdict], writing: int) -> None:
     try:
         torch.set_num_threads(1)
         _limit_memory()
-        report = _captured(check)
-        reply = json.dumps({"verdict": report.verdict, "printed": report.printed}).encode()
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            verdict = _verdict(check)
+        reply = json.dumps({"verdict": verdict, "printed": printed.getvalue()}).encode()
         while reply:
             reply = reply[os.write(writing, reply) :]
     finally:
@@ -112,31 +113,47 @@ def _read_all(descriptor: int, deadline: float) -> bytes | None:
         message += piece
 
 
+class _Divided(io.TextIOBase):
+    """What one thread prints goes to `theirs`, all else to `ours`."""
+
+    def __init__(self, thread: threading.Thread, theirs: TextIO, ours: TextIO) -> None:
+        self._thread, self._theirs, self._ours = thread, theirs, ours
+
+    def write(self, text: str) -> int:
+        return (self._theirs if threading.current_thread() is self._thread else self._ours).write(text)
+
+    def flush(self) -> None:
+        self._ours.flush()
+
+
 def _in_thread(check: Callable[[], Verdict], seconds: float) -> Report:
-    reports: list[Report] = []
+    verdicts: list[Verdict] = []
+    printed = io.StringIO()
 
     def work() -> None:
         with contextlib.suppress(SystemExit):
-            reports.append(_captured(check))
+            verdicts.append(_verdict(check))
 
     worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    worker.join(seconds)
+    # Set and restored here: a thread that does not end in time would restore it too late, or never.
+    ours, sys.stdout = sys.stdout, _Divided(worker, printed, sys.stdout)
+    try:
+        worker.start()
+        worker.join(seconds)
+    finally:
+        sys.stdout = ours
     if worker.is_alive() and worker.ident is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
         return Report(_timed_out(seconds), "")
-    if not reports:
+    if not verdicts:
         return Report(Verdict("error", "Your code ended its thread (SystemExit?)."), "")
-    return reports[0]
+    return Report(verdicts[0], printed.getvalue())
 
 
-def _captured(check: Callable[[], Verdict]) -> Report:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        try:
-            verdict = check()
-        except MemoryError:
-            verdict = Verdict("error", "Your code asked for more memory than there is.")
-        except RecursionError:
-            verdict = Verdict("error", "RecursionError: your code calls itself without end.")
-    return Report(verdict, printed.getvalue())
+def _verdict(check: Callable[[], Verdict]) -> Verdict:
+    try:
+        return check()
+    except MemoryError:
+        return Verdict("error", "Your code asked for more memory than there is.")
+    except RecursionError:
+        return Verdict("error", "RecursionError: your code calls itself without end.")

@@ -1,8 +1,10 @@
 """Do experts specialise by language? Three models, each beside its untrained twin, over several seeds.
 
-    python -m moe_edu.experiments.specialisation translator    an encoder that feeds a translator into English
-    python -m moe_edu.experiments.specialisation letters       an encoder that restores masked letters
-    python -m moe_edu.experiments.specialisation decoder       a translator between ten languages, sparse on both sides
+    python -m moe_edu.experiments.specialisation MODEL --out FOLDER
+
+    translator    an encoder that feeds a translator into English
+    letters       an encoder that restores masked letters
+    decoder       a translator between ten languages, sparse on both sides
 
 Each writes `specialisation_<model>.json` with everything that the lesson shows: the settings, and for every seed the
 information that the chosen expert holds about language, script, family, token and position (bits, and beside it the
@@ -204,7 +206,9 @@ def main(threads: int) -> None:
 def measuring_options(each: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options that all three experiments have."""
     return _options(
-        click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS),
+        click.option(
+            "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder."
+        ),
         click.option("--permutations", type=click.IntRange(0), default=PERMUTATIONS, help="Shuffles."),
         click.option("--each", type=click.IntRange(1), default=each, help="Test sentences of each language."),
     )
@@ -375,7 +379,7 @@ def _finish(
         out,
         model,
         {
-            "command": f"python -m moe_edu.experiments.specialisation {model}",
+            "command": f"python -m moe_edu.experiments.specialisation {model} --out FOLDER",
             **head,
             "languages": list(languages),
             "sentences_of_each": each,

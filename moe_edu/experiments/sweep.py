@@ -185,7 +185,8 @@ def missing_runs(
         chosen = {cell: job for cell, job in jobs.items() if not cells or cell in cells}
         for seed in range(max([seeds or n for _, n in chosen.values()], default=0)):
             for cell, (settings, n) in chosen.items():
-                path = out / f"{cell}-seed-{seed}.json"
+                tried_out = f"-steps-{steps}" if steps and steps != settings.steps else ""
+                path = out / f"{cell}-seed-{seed}{tried_out}.json"
                 if seed < (seeds or n) and not path.exists():
                     job = replace(settings, seed=seed, steps=steps or settings.steps)
                     missing.append((group, cell, job, path))

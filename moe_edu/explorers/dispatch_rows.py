@@ -34,6 +34,7 @@ def view(state: State) -> View:
         "row": row.tolist(),
         "slot": slot.tolist(),
         "counts": plan.counts.tolist(),
+        "shown": {"capacity": count(state["capacity"], "slot")},
         "sentence": _sentence(state, routing, plan),
         "met": [
             int((~routing.kept).sum()) == 1,
@@ -106,7 +107,7 @@ EXPLORER = Explorer(
     challenges=(
         "Find the number of slots at which exactly one choice finds no room.",
         "Follow a word to step 5 that keeps only one of its two rows.",
-        "Follow the word whose two rows lie farthest apart after sorting.",
+        "Of the words that keep both rows, follow one whose rows lie farthest apart after sorting.",
     ),
     view=view,
     solutions=(

@@ -73,7 +73,7 @@ def view(state: State) -> View:
         "scripts": scripts_of(expert, shares, data["scripts"]),
         "bits": bits,
         "sentence": sentence,
-        "met": [state["trained"] and share >= 0.6, bits < 0.1, state["trained"] and share < 0.002],
+        "met": [state["trained"] and share >= 0.6, bits < 0.1, state["trained"] and share < 0.0015],
     }
 
 

@@ -21,12 +21,13 @@ def view(state: State) -> View:
     routing = top2_gating(logits, capacity=1)
     chosen, gates = routing.expert_index[0].tolist(), routing.combine_matrix()[0].tolist()
     word = state["word"] or _NO_WORD
+    quoted = f"“\u2068{word}\u2069”"  # marks that stay around it where it is written from right to left
     if state["scores"][0][0] == state["scores"][0][1]:
-        sentence = f"Expert 0 and expert 1 count the same for “{word}”: {fixed(gates[0])} each."
+        sentence = f"Expert 0 and expert 1 count the same for {quoted}: {fixed(gates[0])} each."
     else:
         first, second = chosen
         sentence = (
-            f"“{word}” asks expert {first} first. Its answer counts {fixed(gates[first])}, and expert {second}’s "
+            f"{quoted} asks expert {first} first. Its answer counts {fixed(gates[first])}, and expert {second}’s "
             f"counts {fixed(gates[second])}."
         )
     return {
@@ -37,7 +38,7 @@ def view(state: State) -> View:
         "met": [
             chosen[0] == 1,
             state["scores"][0][0] == state["scores"][0][1],
-            gates[0] >= 0.99 and state["scores"][0][0] <= 1,
+            gates[0] >= 0.985 and state["scores"][0][0] <= 1,  # what is shown as 0.99
         ],
     }
 

@@ -132,7 +132,7 @@ def view(state: State) -> View:
         "z": [measured.z for measured in history],
         "alive": alive,
         "sentence": (
-            f"{sentence} After {STEPS} steps the error is {fixed(last.error)}, the balancing loss "
+            f"{sentence} In step {STEPS} the error is {fixed(last.error)}, the balancing loss "
             f"{fixed(last.balance)}, the z-loss {fixed(last.z)}."
         ),
         "met": [

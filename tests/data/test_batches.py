@@ -88,6 +88,13 @@ def test_many_to_many_takes_every_source_once_into_any_other_language(corpus, to
     assert len({row for rows in epochs for row in rows}) > 0.97 * len(possible)
 
 
+def test_a_language_that_is_named_twice_counts_once(corpus, tokenizer):
+    once = PairBatches(corpus, tokenizer, targets=["eng_Latn"], sources=["fra_Latn"])
+    twice = PairBatches(corpus, tokenizer, targets=["eng_Latn"] * 2, sources=["fra_Latn"] * 2)
+    for a, b in zip(islice(once.stream(), 3), islice(twice.stream(), 3), strict=True):
+        assert same(a, b)
+
+
 def test_only_the_sources_that_are_named_are_read(corpus, tokenizer):
     batches = PairBatches(corpus, tokenizer, sources=["eng_Latn"], targets=LANGUAGES)
     rows = [row for batch in one_epoch(batches) for row in read_back(batch, tokenizer)]

@@ -1,5 +1,16 @@
+import subprocess
+import sys
+
 from moe_edu.data.corpus import make_corpus
 from moe_edu.data.summary import corpus_summary, count_kinds
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "moe_edu.data.summary", str(tmp_path / "none.tsv")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_summary_counts_what_is_there():

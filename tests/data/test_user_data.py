@@ -26,6 +26,11 @@ def flores(tmp_path):
     return tmp_path
 
 
+def test_what_macos_leaves_beside_a_file_is_ignored(flores):
+    (flores / "dev" / "._eng_Latn.dev").write_bytes(b"\0\5\x16\7")
+    assert read_corpus(flores).languages == ("eng_Latn", "fra_Latn")
+
+
 def test_a_flores_folder(flores):
     corpus = read_corpus(flores)
     assert corpus.languages == ("eng_Latn", "fra_Latn")

@@ -195,6 +195,7 @@ class TestCompare:
             ({"b": 1}, {"a": 1}, "should be a dictionary with the keys a"),
             (torch.zeros(2), torch.zeros(2, dtype=torch.bool), "should be a tensor bool [2]"),
             (torch.zeros(2), torch.zeros(2, dtype=torch.int64), "should be a tensor int64 [2]"),
+            (torch.eye(2).to_sparse(), torch.eye(2), "should be an ordinary tensor, not torch.sparse_coo"),
             (None, "a", "should be a str, not a NoneType"),
         ],
     )
@@ -213,6 +214,18 @@ class TestSandbox:
         assert report.verdict.outcome == "error"
         assert "stopped after 0.5 seconds" in report.verdict.message
         assert time.monotonic() - start < 30
+
+    def test_a_thread_that_is_late_takes_no_output_with_it(self, capsys):
+        """As where there is no fork: the lesson goes on printing, whenever the late thread ends."""
+        before = sys.stdout
+        for _ in range(2):
+            report = sandbox._in_thread(lambda: time.sleep(0.3) or Verdict("right", ""), 0.05)
+            assert report.verdict.outcome == "error"
+            assert sys.stdout is before
+        print("the lesson goes on")
+        time.sleep(0.5)
+        assert sys.stdout is before
+        assert capsys.readouterr().out == "the lesson goes on\n"
 
     def test_an_endless_loop_is_stopped_in_a_thread(self):
         def check():
@@ -346,6 +359,8 @@ class TestProgress:
         for name in ("ana", "<b>bo"):
             exercises.export_progress(tmp_path / f"{name}.json")
         (tmp_path / "cy.json").write_text("{", "utf-8")
+        (tmp_path / "deep.json").write_text("[" * 200_000, "utf-8")
+        (tmp_path / "folder.json").mkdir()
         before = progress_file.read_text("utf-8")
         html = exercises.class_table(tmp_path.glob("*.json"))
         assert progress_file.read_text("utf-8") == before, "a teacher's own progress is another matter"
@@ -353,12 +368,27 @@ class TestProgress:
         assert [["".join(cell) for cell in row] for row in rows[1:]] == [
             ["&lt;b&gt;bo", *"00100000000", "1"],
             ["ana", *"00100000000", "1"],
-            ["cy", *["–"] * 12],
+            *([name, *["–"] * 12] for name in ("cy", "deep", "folder")),
         ]
         assert "cy.json is not a progress file" in html
         _, unsolved = html.split("Solved by nobody: ")
         assert "02.2" in unsolved
         assert "02.1" not in unsolved
+
+    def test_exports_of_one_name_in_a_folder_each(self, tmp_path):
+        self.solve()
+        for learner in ("ana", "bo"):
+            (tmp_path / learner).mkdir()
+            exercises.export_progress(tmp_path / learner / "my_progress.json")
+        html = exercises.class_table(tmp_path.glob("*/*.json"))
+        assert "ana/my_progress" in html
+        assert "bo/my_progress" in html
+
+    def test_a_teacher_may_read_an_export(self, tmp_path):
+        (tmp_path / "reference").touch()
+        exercises.export_progress(tmp_path / "mine.json")
+        modes = [(tmp_path / name).stat().st_mode for name in ("mine.json", "reference")]
+        assert modes[0] == modes[1]
 
     @pytest.mark.parametrize("paths", [[], ["none.json"]])
     def test_a_class_without_files(self, paths, tmp_path):

@@ -20,8 +20,8 @@ def test_only_the_difference_of_the_scores_counts():
 def test_equal_scores_share_equally():
     shown = view(EXPLORER.state(word="chat", scores=((2.0, 2.0),)))
     assert shown["gates"] == [0.5, 0.5]
-    assert shown["sentence"] == "Expert 0 and expert 1 count the same for “chat”: 0.50 each."
+    assert shown["sentence"] == "Expert 0 and expert 1 count the same for “\u2068chat\u2069”: 0.50 each."
 
 
 def test_no_word_is_no_problem():
-    assert "“…”" in view(EXPLORER.state(word=""))["sentence"]
+    assert "“\u2068…\u2069”" in view(EXPLORER.state(word=""))["sentence"]

@@ -22,6 +22,7 @@ function compute(state, data) {
   const homeless = choices.length - sum(counts);
   return {
     kept, gates, order, row, slot, counts,
+    shown: { capacity: count(state.capacity, "slot") },
     sentence: sentence(state, data, { t, mine, row, counts, gates, homeless }),
     met: [
       homeless === 1,

@@ -21,7 +21,7 @@ function compute(state, data) {
     sentence: `In ${title}, ${state.trained ? "trained" : "untrained"}, the chosen expert tells ${fixed(found.bits)} bits ` +
       `about the language, above chance. ${names[row]} sends ${percent(share)} of its ${unit} first to expert ${expert}` +
       (words.length ? `, most often in ${listed(words.map(quoted))}.` : "."),
-    met: [state.trained && share >= 0.6, found.bits < 0.1, state.trained && share < 0.002],
+    met: [state.trained && share >= 0.6, found.bits < 0.1, state.trained && share < 0.0015],
   };
 }
 
@@ -65,11 +65,11 @@ function draw(view, state, act, spec) {
       { anchor: "end", size: 13, weight: g === view.row ? 600 : undefined })),
     view.shares.map((row, g) => row.map((share, e) => button({
       x: left + e * width, y: top + g * height, width, height, name: `${names[g]}, expert ${e}: ${percent(share)}`,
-      pressed: g === view.row && e === view.expert, onPress: () => act.set({ row: g + 1, expert: e }),
-    }, cell(left + e * width + 0.5, top + g * height + 0.5, width - 1, height - 1, (share / largest) * 1.5, undefined),
+      tabindex: -1, pressed: g === view.row && e === view.expert, onPress: () => act.set({ row: g + 1, expert: e }),
+    }, cell(left + e * width + 0.5, top + g * height + 0.5, width - 1, height - 1, share / largest, undefined),
     share >= 0.1 && label(left + (e + 0.5) * width, top + g * height + 15, (100 * share).toFixed(0), { anchor: "middle", size: 11, mono: true })))),
     h("rect", { x: chosen.x, y: chosen.y, width, height, rx: 2, class: "curve", style: "stroke-width: 2.5" }),
-    label(left, top + view.shares.length * height + 14, `% of the language's tokens by first choice; numbers from 10; dotted: none; strongest blue: ${percent(largest)}`, { size: 12, soft: true }),
+    label(left, spec.height - 4, `% of the language's tokens by first choice; numbers from 10; dotted: none; strongest blue: ${percent(largest)}`, { size: 12, soft: true }),
     label(side, 46, short(names[view.row]), { weight: 600 }),
     label(side, 64, `${percent(view.shares[view.row][view.expert], 1)} to expert ${view.expert}`, { size: 13 }),
     label(side, 90, "most often in", { size: 12, soft: true }),

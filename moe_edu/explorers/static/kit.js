@@ -145,6 +145,7 @@ export function handle({ x, y, width, height, name, text, value, low, high, step
       settle(value + leaps[event.key]);
     },
     onpointerdown(event) {
+      if (event.button) return;
       event.currentTarget.setPointerCapture(event.pointerId);
       event.currentTarget.focus();
       event.currentTarget.moeDrag = { value, at: event.clientX - event.clientY };
@@ -159,10 +160,10 @@ export function handle({ x, y, width, height, name, text, value, low, high, step
   }, h("rect", { x, y, width, height, rx: 3, class: "grip" }), children);
 }
 
-// Something to press, by mouse, Enter or space. `name` is read out.
-export const button = ({ x, y, width, height, name, pressed, onPress }, ...children) =>
+// Something to press, by mouse, Enter or space. `name` is read out. `tabindex` -1 where other controls reach it, too.
+export const button = ({ x, y, width, height, name, pressed, onPress, tabindex = 0 }, ...children) =>
   h("g", {
-    role: "button", tabindex: 0, class: "handle press", "data-lm-suppress-shortcuts": "true", "aria-label": name,
+    role: "button", tabindex, class: "handle press", "data-lm-suppress-shortcuts": "true", "aria-label": name,
     "aria-pressed": pressed === undefined ? null : String(pressed),
     onclick: onPress,
     onkeydown(event) {
@@ -191,7 +192,9 @@ const STYLE = `
   border: 1px solid var(--moe-line); border-radius: 4px; padding: 2px 8px; }
 .moe-x option { color: #1a1a1a; background: #fff; }
 .moe-x output { font-variant-numeric: tabular-nums; min-width: 44px; }
-.moe-x svg { display: block; width: 100%; height: auto; touch-action: pan-y; user-select: none; }
+.moe-x .moe-x-stage { overflow-x: auto; }
+.moe-x svg { display: block; width: 100%; min-width: 640px; height: auto; touch-action: pan-x pan-y; user-select: none; }
+.moe-x svg .handle:not(.press), .moe-x svg .handle:not(.press) * { touch-action: none; }
 .moe-x .moe-x-sentence { min-height: 2.8em; }
 .moe-x ul { list-style: none; display: flex; flex-wrap: wrap; gap: 6px 8px; margin: 8px 0 !important; padding: 0 !important; }
 .moe-x li { border: 1px dashed var(--moe-line); border-radius: 12px; padding: 2px 10px; font-size: 13px; margin: 0; }
@@ -203,7 +206,7 @@ text { font-family: var(--jp-content-font-family, system-ui, sans-serif); font-v
 .ink { fill: var(--moe-ink); } .soft { fill: var(--moe-soft); } .mono { font-family: var(--jp-code-font-family, ui-monospace, monospace); }
 .line { stroke: var(--moe-line); fill: none; } .curve { stroke: var(--moe-ink); fill: none; stroke-width: 2; }
 .chip { fill: none; stroke: var(--moe-line); } .padding { stroke: var(--moe-soft); stroke-dasharray: 2 3; }
-.dropped { fill: url(#moe-hatch); stroke: var(--moe-ink); stroke-width: 1.5; } .hatch { fill: var(--moe-line); }
+.dropped { fill: var(--moe-hatch, url(#moe-hatch)); stroke: var(--moe-ink); stroke-width: 1.5; } .hatch { fill: var(--moe-line); }
 .tag { stroke: var(--moe-ink); stroke-opacity: .5; } .slot { fill: none; stroke: var(--moe-soft); }
 .cell { fill: var(--moe-hue); stroke: var(--moe-soft); stroke-width: .5; } .zero { fill: none; stroke-width: 1; stroke-dasharray: 2 3; }
 .under { fill: none; stroke: var(--moe-ink); stroke-width: 5; stroke-opacity: .75; }
@@ -239,6 +242,7 @@ function control(field, value, shown, onInput) {
 export function mount(root, explorer, spec, initial, onState = () => {}) {
   let state = structuredClone(initial);
   let met = spec.challenges.map(() => false);
+  const hatch = `moe-hatch-${Math.random().toString(36).slice(2)}`;
   root.replaceChildren();
   root.classList.add("moe-x");
   root.setAttribute("role", "group");
@@ -282,6 +286,12 @@ export function mount(root, explorer, spec, initial, onState = () => {}) {
     svg.setAttribute("role", "group");
     svg.setAttribute("aria-label", `Picture: ${spec.title}`);
     patch(svg, explorer.draw(view, state, { set: change }, spec), true);
+    // An id of its own: the first pattern of the document may be another explorer's, in a tab that is hidden.
+    const pattern = svg.querySelector("pattern");
+    if (pattern) {
+      pattern.id = hatch;
+      svg.style.setProperty("--moe-hatch", `url(#${hatch})`);
+    }
   }
   redraw();
   root.dataset.mounted = "true";
@@ -298,6 +308,8 @@ export function snapshot(svg) {
     for (const { name } of [...element.attributes]) if (/^(aria-|role|tabindex|data-)/.test(name)) element.removeAttribute(name);
   }
   copy.setAttribute("xmlns", SVG);
+  copy.removeAttribute("style"); // the same picture each time, and no other explorer's hatching on its page
+  copy.querySelector("pattern")?.setAttribute("id", "moe-hatch");
   const style = document.createElementNS(SVG, "style");
   style.textContent = `svg { --moe-ink: #1a1a1a; --moe-soft: #4d4d4d; --moe-line: #8c8c8c; --moe-hue: #3b8ed0; background: #fff; }${DRAWING}`;
   copy.prepend(style);

@@ -58,7 +58,7 @@ function draw(view, state, act, spec) {
       cell(box.x, box.y, width, height, probability),
       rank >= 0 && choiceFrame(box.x + 2, box.y + 2, width - 4, height - 4, spec.experts[e], rank === 1),
       label(box.x + 12, box.y + 23, fixed(state.logits[t][e], 1), { mono: true }),
-      label(box.x + width - 8, box.y + 22, fixed(probability), { mono: true, size: 11, anchor: "end", soft: true }));
+      label(box.x + width - 8, box.y + 22, fixed(probability), { mono: true, size: 11, anchor: "end" }));
     })),
     words.map((_, t) => view.chosen[t].map((e, k) => e >= 0 && view.gates[t][k] > 0.005 && h("g", {},
       colored({ x: 504 + (k ? 200 * view.gates[t][0] : 0), y: top + t * pitch + 6, width: 200 * view.gates[t][k], height: 24 },

@@ -55,7 +55,7 @@ function compute(state, data) {
   return {
     expert: last.expert, probs: last.probs, load: history.map((at) => at.load), error: history.map((at) => at.error),
     balance: history.map((at) => at.balance), z: history.map((at) => at.z), alive,
-    sentence: `${who} After ${data.steps} steps the error is ${fixed(last.error)}, the balancing loss ` +
+    sentence: `${who} In step ${data.steps} the error is ${fixed(last.error)}, the balancing loss ` +
       `${fixed(last.balance)}, the z-loss ${fixed(last.z)}.`,
     met: [state.shared >= 1 && alive === E, state.balance === 0 && alive >= 2, last.z < 0.2 && alive === E],
   };
@@ -85,7 +85,7 @@ function draw(view, state, act, spec) {
     curve("Error", view.error, 154, 46, steps),
     curve("Balancing loss", view.balance, 230, 46, steps),
     curve("z-loss", view.z, 306, 46, steps),
-    label(CHART.x, 368, "step 0", { size: 11, soft: true }),
+    label(CHART.x, 368, "step 1", { size: 11, soft: true }),
     label(CHART.x + CHART.width, 368, `step ${steps}`, { size: 11, soft: true, anchor: "end" }),
   ];
 }
