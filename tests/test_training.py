@@ -100,6 +100,7 @@ class TestResult:
         assert {"valid/chrf", "valid/exact_match"} <= lines[1].keys()
         assert "valid/chrf" in lines[2], "the last line looks at the validation split"
 
+    @pytest.mark.filterwarnings("ignore:.*valid pairs have more")
     def test_sentences_without_positions_are_left_out_and_named(self, corpus, tmp_path):
         """In training they are; one in the test must not cost the run its model."""
         limit = {"max_position_embeddings": 24}
