@@ -158,3 +158,20 @@ class TestInAPage:
         assert NUMBER.split(stored) == NUMBER.split(drawn)
         numbers = ([float(number) for number in NUMBER.findall(svg)] for svg in (stored, drawn))
         assert next(numbers) == pytest.approx(next(numbers), abs=1e-6)
+
+
+def test_hatching_does_not_hang_on_another_explorer(page, tmp_path):
+    """A pattern in a tab that is hidden paints nothing, and an id stands for the first of its name."""
+    queue = explorers.get("capacity_queue").html()
+    file = tmp_path / "page.html"
+    file.write_text(
+        f"<!doctype html><meta charset='utf-8'><body><div hidden>{queue}</div>{queue}</body>", "utf-8"
+    )
+    page.goto(file.as_uri())
+    page.wait_for_function("document.querySelectorAll('.moe-x[data-mounted]').length === 2")
+    (hidden_fill, hidden), (fill, own) = page.locator(".moe-x svg").evaluate_all(
+        "all => all.map(svg => [getComputedStyle(svg.querySelector('.dropped')).fill, svg.querySelector('pattern').id])"
+    )
+    assert hidden != own
+    assert f"#{hidden}" in hidden_fill
+    assert f"#{own}" in fill
