@@ -240,9 +240,8 @@ def translate(text: tuple[str, ...], to: str, source: str, model: Path | None, b
 
     translator = load_pretrained(model)
     if not text and not sys.stdin.isatty() and isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(
-            encoding="utf-8-sig"
-        )  # also on Windows, where piped text is of an older code page
+        # On Windows piped text would be read in an older code page.
+        sys.stdin.reconfigure(encoding="utf-8-sig")
     for line in text or (line.rstrip("\n") for line in sys.stdin):
         click.echo(translator.translate(line, to=to, source=source, num_beams=beams))
 

@@ -21,9 +21,8 @@ def shift_right(labels: Tensor, start: int) -> Tensor:
 
 def _draw_labels(generator: torch.Generator) -> tuple[Tensor, int]:
     B, L = torch.randint(2, 7, (2,), generator=generator).tolist()
-    return torch.randint(10, 99, (B, L), generator=generator), int(
-        torch.randint(10, generator=generator, size=())
-    )
+    start = int(torch.randint(10, (), generator=generator))
+    return torch.randint(10, 99, (B, L), generator=generator), start
 
 
 def _the_labels(labels: Tensor, start: int) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -142,9 +141,6 @@ def _write(path: Path, entries: dict[str, dict[str, Any]]) -> None:
     text = json.dumps(
         {"format": _FORMAT, "exercises": dict(sorted(entries.items()))}, indent=1, ensure_ascii=False
     )
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as temporary:
-        temporary.write(text + "\n")
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary.name, 0o666 & ~umask)  # a temporary file is its owner's alone; a teacher reads exports
-    os.replace(temporary.name, path)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")  # another kernel may be writing, too
+    scratch.write_text(text + "\n", encoding="utf-8")
+    scratch.replace(path)

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -150,6 +151,11 @@ def make_command(sweep: Sweep) -> click.Group:
         """Put the results in FOLDER into one file, in the order of the plan, and print their table."""
         order = {cell: i for i, cell in enumerate(cell for group in sweep.plan.values() for cell in group)}
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*-seed-*.json")]
+        found = Counter((run["cell"], run["settings"]["seed"]) for run in runs)
+        if twice := [f"{cell} of seed {seed}" for (cell, seed), count in found.items() if count > 1]:
+            raise click.ClickException(
+                f"{folder} holds {', '.join(twice)} more than once: move the runs away that --steps made shorter"
+            )
         runs.sort(key=lambda result: (order[result["cell"]], result["settings"]["seed"]))
         write_json(
             to,

@@ -21,7 +21,14 @@ from moe_edu.experiments.dictionary import (
     train_model,
 )
 from moe_edu.experiments.dictionary_sweep import PLAN, SWEEP
-from moe_edu.experiments.sweep import by_cell, count_parameters, load_results, make_command, summarize
+from moe_edu.experiments.sweep import (
+    by_cell,
+    count_parameters,
+    load_results,
+    make_command,
+    missing_runs,
+    summarize,
+)
 
 QUICK = DictionarySettings(steps=50, warmup=10, batch=64, experts=4)
 
@@ -202,3 +209,19 @@ def test_the_shipped_results_say_what_the_lesson_says():
     assert abs(test["experts-32"].mean - test["experts-1"].mean) < gain / 10
     # The placebo, in which nothing is routed, hardly differs from dense.
     assert abs(recall["experts-2"].mean - recall["experts-1"].mean) < gain / 10
+
+
+def test_a_run_that_was_tried_out_is_none_of_the_sweep(tmp_path):
+    """It leaves the real one to be made, and is refused beside it."""
+    (*_, shorter), (*_, whole) = (missing_runs(PLAN, tmp_path, steps=steps)[0] for steps in (3, None))
+    shorter.write_text("{}", "utf-8")
+    assert missing_runs(PLAN, tmp_path)[0][-1] == whole
+    result = next(iter(load_results(SWEEP.name)["runs"]))
+    for path in (shorter, whole):
+        path.write_text(json.dumps(result), "utf-8")
+    done = CliRunner().invoke(
+        make_command(SWEEP), ["collect", str(tmp_path), "--to", str(tmp_path / "all.json")]
+    )
+    assert done.exit_code == 1
+    assert "more than once" in done.output
+    assert not (tmp_path / "all.json").exists()
