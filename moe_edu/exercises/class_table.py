@@ -13,7 +13,8 @@ from moe_edu.figures_html import table_html
 def class_table(paths: Iterable[str | Path]) -> str:
     """HTML: for each file, by name, how many exercises of each lesson are right.
 
-    The caption names those that nobody has solved, and says why a file could not be read; it has a row all the same.
+    The caption names those of the lessons begun that nobody has solved. A file that cannot be read has a row, too, and
+    the caption says why.
 
     Raises:
         FileNotFoundError: no file at all, or one that is not there.
@@ -40,6 +41,7 @@ def class_table(paths: Iterable[str | Path]) -> str:
         counts = [len(right.intersection(lesson)) for lesson in keys]
         rows.append([name, *counts, sum(counts)])
         solved |= right
-    unsolved = [key for lesson in keys for key in lesson if key not in solved]
-    notes.append(f"Solved by nobody: {', '.join(unsolved) or 'none'}.")
+    begun = [lesson for lesson in keys if solved.intersection(lesson)]
+    unsolved = [key for lesson in begun for key in lesson if key not in solved]
+    notes.append(f"In the lessons begun, solved by nobody: {', '.join(unsolved) or 'none'}.")
     return table_html(["", *LESSONS, "all"], rows, " ".join(notes))

@@ -371,9 +371,10 @@ class TestProgress:
             *([name, *["–"] * 12] for name in ("cy", "deep", "folder")),
         ]
         assert "cy.json is not a progress file" in html
-        _, unsolved = html.split("Solved by nobody: ")
+        _, unsolved = html.split("solved by nobody: ")
         assert "02.2" in unsolved
         assert "02.1" not in unsolved
+        assert "03.1" not in unsolved, "nobody has begun lesson 03"
 
     def test_exports_of_one_name_in_a_folder_each(self, tmp_path):
         self.solve()
