@@ -44,6 +44,13 @@ def either_code(request, monkeypatch):
         pytest.skip(why_not)
 
 
+@pytest.fixture
+def compiled_code():
+    """The test is about the package's compiled code alone."""
+    if why_not := compiled.why_not_compiled(torch.float32):
+        pytest.skip(why_not)
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """Make a small MoEConfig without dropout, whose weights are large enough to tell experts apart."""

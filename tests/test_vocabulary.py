@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_edu import vocabulary
-from moe_edu.compiled import why_not_compiled
 from moe_edu.vocabulary import most_probable
 
 
@@ -49,7 +48,8 @@ def test_logits_of_any_size_give_probabilities(either_code, largest):
         check(hidden, weight, 5)
 
 
-def test_threads_change_nothing(either_code):
+def test_threads_change_nothing_in_compiled_code(compiled_code):
+    """Not even a rounding."""
     hidden, weight = torch.randn(150, 40), torch.randn(700, 40)
     expected = most_probable(hidden, weight, 8)
     try:
@@ -58,9 +58,7 @@ def test_threads_change_nothing(either_code):
     finally:
         torch.set_num_threads(1)
     assert torch.equal(expected.tokens, several.tokens)
-    if why_not_compiled(torch.float32) is None:  # not even a rounding
-        assert torch.equal(expected.log_probs, several.log_probs)
-    torch.testing.assert_close(expected.log_probs, several.log_probs)
+    assert torch.equal(expected.log_probs, several.log_probs)
 
 
 def test_a_model_that_is_broken_chooses_tokens_that_exist(either_code):
