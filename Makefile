@@ -9,7 +9,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 LAB_STAMP := $(VENV)/.lab-is-installed
 TEST_STAMP := $(VENV)/.test-is-installed
-REQUIREMENTS := pyproject.toml constraints.txt $(wildcard moe_edu/csrc/*)
+REQUIREMENTS := pyproject.toml constraints.txt $(wildcard moe_edu/kernels/csrc/*)
 
 .PHONY: lab test gpu lint notebooks site clean
 

@@ -4,22 +4,23 @@ Shape letters, used all over the package: B batch, S sequence, T = B * S tokens,
 E experts, K choices a token (2), C capacity of one expert, V vocabulary.
 """
 
-from moe_edu.backends import BackendChoice, explain_backend
-from moe_edu.checkpoint import CheckpointError
 from moe_edu.config import MoEConfig
-from moe_edu.layers import SparseMLP
-from moe_edu.losses import (
+from moe_edu.model.checkpoint import CheckpointError
+from moe_edu.model.encoder import EncoderOutput, MoEEncoder
+from moe_edu.model.pretrained import TextTranslator, load_pretrained
+from moe_edu.model.translator import MoETranslator
+from moe_edu.moe.backends import BackendChoice, explain_backend
+from moe_edu.moe.layer import SparseMLP
+from moe_edu.moe.losses import (
     MoELoss,
     SpecialLossNormalizingFactor,
-    load_balancing_loss,
     moe_loss,
-    router_z_loss,
+    summarize_metrics,
     weighted_cross_entropy,
 )
-from moe_edu.metrics import ExpertMetrics, collect_metrics, summarize_metrics
-from moe_edu.model import EncoderOutput, MoEEncoder, MoETranslator
-from moe_edu.pretrained import TextTranslator, load_pretrained
-from moe_edu.routing import RouterOutput, Top2Router, expert_capacity, top2_gating
+from moe_edu.moe.metrics import ExpertMetrics, collect_metrics
+from moe_edu.moe.router_losses import load_balancing_loss, router_z_loss
+from moe_edu.moe.routing import RouterOutput, Top2Router, expert_capacity, top2_gating
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,8 @@ import click
 
 from moe_edu.bench import bench
 from moe_edu.config import MoEConfig
-from moe_edu.server import lab_command
-from moe_edu.settings import TrainingSettings
+from moe_edu.system.lab import lab_command
+from moe_edu.training.settings import TrainingSettings
 
 # Set by the corpus and the tokenizer, not by hand.
 _DERIVED = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"}
@@ -198,7 +198,7 @@ def train(
     import torch
 
     from moe_edu.data import load_corpus, read_corpus
-    from moe_edu.training import train as run
+    from moe_edu.training.loop import train as run
 
     torch.set_num_threads(threads)
     result = run(
@@ -236,7 +236,7 @@ def train(
 @fail_clearly
 def translate(text: tuple[str, ...], to: str, source: str, model: Path | None, beams: int) -> None:
     """Translate each TEXT, or each line of the standard input."""
-    from moe_edu.pretrained import load_pretrained
+    from moe_edu.model.pretrained import load_pretrained
 
     translator = load_pretrained(model)
     if not text and not sys.stdin.isatty() and isinstance(sys.stdin, io.TextIOWrapper):

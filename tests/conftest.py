@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from moe_edu import compiled
 from moe_edu.config import MoEConfig
+from moe_edu.kernels import compiled
 
 # One thread: results repeat bit for bit, and several test runs can share a machine.
 torch.set_num_threads(1)

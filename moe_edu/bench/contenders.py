@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_edu.backends import Backend
 from moe_edu.config import MoEConfig
-from moe_edu.layers import FeedForward, SparseMLP
+from moe_edu.moe.backends import Backend
+from moe_edu.moe.layer import FeedForward, SparseMLP
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moe_edu.bench.contenders import Contender
-from moe_edu.layers import SparseMLP
-from moe_edu.routing import RouterOutput
+from moe_edu.moe.layer import SparseMLP
+from moe_edu.moe.routing import RouterOutput
 
 
 def exact_step(layer: SparseMLP, hidden: Tensor, routing: RouterOutput, upstream: Tensor) -> list[Tensor]:

@@ -21,7 +21,7 @@ from moe_edu.bench.options import json_option, plot_option
 from moe_edu.bench.pictures import explorers_svg
 from moe_edu.bench.plot import write_plot
 from moe_edu.bench.report import format_machine, this_machine, write_json
-from moe_edu.browser import open_browser
+from moe_edu.system.browser import open_browser
 
 BOX = "translate_box"  # measured beside the explorers: what the lessons compute in Python while the reader types
 _CONTROL = ".moe-x input[type=range], .moe-x [role=slider], .moe-x select"

@@ -13,8 +13,8 @@ from typing import Any
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 
-from moe_edu.server import lab_command
-from moe_edu.server.isolated import serve_apart
+from moe_edu.system.isolated import serve_apart
+from moe_edu.system.lab import lab_command
 
 _PATIENCE_MS = 120_000  # a busy machine takes long to start a server and a kernel
 _KERNEL = {"name": "python3", "display_name": "Python 3"}  # without it JupyterLab asks which

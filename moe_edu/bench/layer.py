@@ -15,7 +15,7 @@ from moe_edu.bench.exact import exact_step, forward_error, gradient_error
 from moe_edu.bench.libraries import REFERENCE, reference_layer, st_moe, transformers_experts
 from moe_edu.bench.memory import can_measure_memory, cuda_peak_extra_mb, in_fresh_process, peak_extra_mb
 from moe_edu.bench.timing import Timing, cuda_ms, time_in_turn, wall_ms
-from moe_edu.layers import SparseMLP
+from moe_edu.moe.layer import SparseMLP
 
 Mode = Literal["inference", "training"]
 MODES: tuple[Mode, ...] = ("inference", "training")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_edu.bench.contenders import Contender, gradient_of
-from moe_edu.layers import FeedForward, SparseMLP
-from moe_edu.routing import RouterOutput, Top2Router
+from moe_edu.moe.layer import FeedForward, SparseMLP
+from moe_edu.moe.routing import RouterOutput, Top2Router
 
 REFERENCE = "transformers 4"
 

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from moe_edu.bench.report import Machine, write_json
 from moe_edu.bench.timing import Timing, time_in_turn
 from moe_edu.data import Batch, PairBatches, Tokenizer, eval_batches, load_corpus
-from moe_edu.evaluation import sample_examples
-from moe_edu.model import MoETranslator
-from moe_edu.pretrained import load_pretrained
-from moe_edu.settings import TrainingSettings, small_config
-from moe_edu.training import Trainer, start_workers
-from moe_edu.workers import WorkerPool
+from moe_edu.model.pretrained import load_pretrained
+from moe_edu.model.translator import MoETranslator
+from moe_edu.training.evaluation import sample_examples
+from moe_edu.training.loop import Trainer, start_workers
+from moe_edu.training.settings import TrainingSettings, small_config
+from moe_edu.training.workers import WorkerPool
 
 OURS, REFERENCE = "moe_edu", "transformers"
 TARGET = "eng_Latn"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_edu.exercises.progress import ProgressError, load_progress
 from moe_edu.exercises.registry import LESSONS, all_exercises, exercises_of
-from moe_edu.figures_html import table_html
+from moe_edu.figures.html import table_html
 
 
 def class_table(paths: Iterable[str | Path]) -> str:

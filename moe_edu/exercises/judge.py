@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_edu.capstone import PieceError, Pieces, check_pieces
+from moe_edu.exercises.capstone import PieceError, Pieces, check_pieces
 from moe_edu.exercises.compare import compare, describe
 from moe_edu.exercises.exercise import Exercise
 

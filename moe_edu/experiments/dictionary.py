@@ -24,9 +24,9 @@ from moe_edu.config import MoEConfig
 from moe_edu.data.dictionary import Dictionary, Entry, load_dictionary
 from moe_edu.data.splits import SPLITS
 from moe_edu.experiments.sweep import count_parameters
-from moe_edu.losses import load_balancing_loss, router_z_loss
-from moe_edu.model import MoEEncoder
-from moe_edu.routing import RouterOutput, count_per_expert
+from moe_edu.model.encoder import MoEEncoder
+from moe_edu.moe.router_losses import load_balancing_loss, router_z_loss
+from moe_edu.moe.routing import RouterOutput, count_per_expert
 
 EOS, PAD, UNKNOWN = 0, 1, 2  # the ids before those of languages and characters
 POOL_BATCHES = 8  # so many batches' names are sorted by length together, which spares half of the padding

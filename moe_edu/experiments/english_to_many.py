@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moe_edu.data import Corpus, load_corpus
-from moe_edu.evaluation import evaluate, sample_examples
 from moe_edu.experiments.sweep import Plan, Sweep, count_parameters, make_command
-from moe_edu.settings import TrainingSettings
-from moe_edu.training import train
+from moe_edu.training.evaluation import evaluate, sample_examples
+from moe_edu.training.loop import train
+from moe_edu.training.settings import TrainingSettings
 
 SOURCE = "eng_Latn"
 VALID_SENTENCES = 990  # as many test sentences again, the same for every run

@@ -17,9 +17,9 @@ import torch
 
 from moe_edu.data import Corpus, SentencePair, load_corpus
 from moe_edu.lessons.live import choose_phrases, translate_all
-from moe_edu.pretrained import TextTranslator
-from moe_edu.settings import TrainingSettings
-from moe_edu.training import Record, train
+from moe_edu.model.pretrained import TextTranslator
+from moe_edu.training.loop import Record, train
+from moe_edu.training.settings import TrainingSettings
 
 HISTORY = Path(__file__).parent / "results" / "learning_history.json"
 BALANCE_WEIGHTS = (0.01, 0.0)

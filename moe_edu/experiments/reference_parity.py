@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_edu.checkpoint import hf_tensors
-from moe_edu.model import MoETranslator
-from moe_edu.pretrained import SHIPPED, TextTranslator, load_pretrained, pad_ids
+from moe_edu.model.checkpoint import hf_tensors
+from moe_edu.model.pretrained import SHIPPED, TextTranslator, load_pretrained, pad_ids
+from moe_edu.model.translator import MoETranslator
 
 RELEASE = "4.57.6"
 SAVED = Path(__file__).parent / "results" / "reference_parity.json"

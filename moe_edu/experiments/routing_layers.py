@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from moe_edu.data import Corpus, SentencePair, load_corpus
-from moe_edu.model import MoETranslator
-from moe_edu.pretrained import TextTranslator
-from moe_edu.routing import RouterOutput
-from moe_edu.settings import TrainingSettings
-from moe_edu.training import train
+from moe_edu.model.pretrained import TextTranslator
+from moe_edu.model.translator import MoETranslator
+from moe_edu.moe.routing import RouterOutput
+from moe_edu.training.loop import train
+from moe_edu.training.settings import TrainingSettings
 
 ROUTES = Path(__file__).parent / "results" / "routing_layers.json"
 LANGUAGES = ("deu_Latn", "eng_Latn", "fra_Latn", "hin_Deva", "jpn_Jpan", "spa_Latn")

@@ -24,7 +24,7 @@ from typing import Any
 import click
 import torch
 
-from moe_edu.analysis import measure_information
+from moe_edu.analysis.specialisation import measure_information
 from moe_edu.data import Corpus, SentencePair, Table, load_corpus
 from moe_edu.experiments.specialisation_ablation import ablation_report, prune, run_letters
 from moe_edu.experiments.specialisation_letters import (
@@ -51,9 +51,9 @@ from moe_edu.experiments.specialisation_translators import (
     train_translator,
     untrained_translator,
 )
-from moe_edu.pretrained import SHIPPED, TextTranslator, load_pretrained
-from moe_edu.runs import RESULT_FILE
-from moe_edu.settings import TrainingSettings
+from moe_edu.model.pretrained import SHIPPED, TextTranslator, load_pretrained
+from moe_edu.training.run import RESULT_FILE
+from moe_edu.training.settings import TrainingSettings
 
 RESULTS = Path(__file__).parent / "results"
 MASK_SHARE = 0.4

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_edu.analysis import Ablation, load_matrix, mean_by_label, rank_by_activity, without_experts
+from moe_edu.analysis.specialisation import (
+    Ablation,
+    load_matrix,
+    mean_by_label,
+    rank_by_activity,
+    without_experts,
+)
 from moe_edu.experiments.specialisation_letters import (
     Alphabet,
     LetterModel,
@@ -22,7 +28,7 @@ from moe_edu.experiments.specialisation_letters import (
     make_test_batch,
 )
 from moe_edu.experiments.specialisation_measure import RoutedTokens
-from moe_edu.layers import SparseMLP
+from moe_edu.moe.layer import SparseMLP
 
 BATCH_SENTENCES = 256
 

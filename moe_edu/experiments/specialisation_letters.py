@@ -28,16 +28,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_edu.checkpoint import CheckpointError
 from moe_edu.config import MoEConfig
 from moe_edu.data import Table, normalize_text, require_languages
 from moe_edu.data.batches import cut_batches
-from moe_edu.losses import SpecialLossNormalizingFactor, moe_loss
-from moe_edu.metrics import collect_metrics
-from moe_edu.model import EncoderOutput, MoEEncoder
-from moe_edu.pretrained import pad_ids
-from moe_edu.settings import TrainingSettings
-from moe_edu.training import learning_rate_at
+from moe_edu.model.checkpoint import CheckpointError
+from moe_edu.model.encoder import EncoderOutput, MoEEncoder
+from moe_edu.model.pretrained import pad_ids
+from moe_edu.moe.losses import SpecialLossNormalizingFactor, moe_loss
+from moe_edu.moe.metrics import collect_metrics
+from moe_edu.training.loop import learning_rate_at
+from moe_edu.training.settings import TrainingSettings
 
 MASK = "_"
 SHIPPED = Path(__file__).parent / "results" / "specialisation_letters.safetensors"

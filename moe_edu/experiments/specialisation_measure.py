@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_edu.analysis import Information, coactivation, load_matrix, measure_information
+from moe_edu.analysis.specialisation import Information, coactivation, load_matrix, measure_information
 from moe_edu.data import get_language
 
 PERMUTATIONS = 20

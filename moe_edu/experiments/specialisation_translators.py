@@ -16,11 +16,11 @@ from moe_edu.config import MoEConfig
 from moe_edu.data import UNDETERMINED, Corpus, SentencePair, Tokenizer, eval_batches
 from moe_edu.data.text import WORD_START
 from moe_edu.experiments.specialisation_measure import RoutedTokens
-from moe_edu.model import MoETranslator
-from moe_edu.pretrained import TextTranslator
-from moe_edu.routing import RouterOutput
-from moe_edu.settings import TrainingSettings
-from moe_edu.training import TrainingResult, train
+from moe_edu.model.pretrained import TextTranslator
+from moe_edu.model.translator import MoETranslator
+from moe_edu.moe.routing import RouterOutput
+from moe_edu.training.loop import TrainingResult, train
+from moe_edu.training.settings import TrainingSettings
 
 MANY_TO_MANY = (
     "arb_Arab",
@@ -124,7 +124,7 @@ def untrained_translator(trained: TextTranslator, seed: int) -> TextTranslator:
 def train_translator(
     corpus: Corpus, settings: TrainingSettings, fields: Mapping[str, Any], test_sentences: int
 ) -> TrainingResult:
-    """`moe_edu.training.train` in memory, without validation on the way."""
+    """`moe_edu.training.loop.train` in memory, without validation on the way."""
     return train(
         corpus,
         replace(settings, eval_sentences=0),

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import moe_edu
-from moe_edu.runs import write_json
+from moe_edu.training.run import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

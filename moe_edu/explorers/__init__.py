@@ -4,7 +4,7 @@ Each is a pure Python function `view(state)` and a JavaScript module that comput
 `explorers.show("router_board")` puts one into a notebook.
 """
 
-from moe_edu.requirements import require_all
+from moe_edu.system.requirements import require_all
 
 require_all()  # before imports that would fail one by one
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moe_edu.budget import active_parameters, forward_flops, stored_parameters
 from moe_edu.config import MoEConfig
 from moe_edu.explorers.explorer import Choice, Explorer, Slider, State, View
 from moe_edu.explorers.wording import fixed, percent
+from moe_edu.model.budget import active_parameters, forward_flops, stored_parameters
 
 _SENTENCE_LENGTH = 32  # tokens read and tokens written, for the work of attention
 _GIB = 2**30
@@ -21,7 +21,7 @@ def view(state: State) -> View:
 
     Returns:
         `stored`, `active`, `work`: parameters, and FLOPs a token read and one written, part by part as in
-        `moe_edu.budget.Parts`; `gib` in half precision; `sparse_layers`.
+        `moe_edu.model.budget.Parts`; `gib` in half precision; `sparse_layers`.
     """
     layers, width, step = state["layers"], state["width"], state["step"]
     config = MoEConfig(

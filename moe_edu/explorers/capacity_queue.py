@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from moe_edu.capacity import bilingual_batch, skew_logits
+from moe_edu.analysis.drop_rates import bilingual_batch, skew_logits
 from moe_edu.config import MoEConfig
 from moe_edu.explorers.explorer import Choice, Explorer, Slider, State, Toggle, View
 from moe_edu.explorers.wording import count, listed
-from moe_edu.routing import expert_capacity, top2_gating
+from moe_edu.moe.routing import expert_capacity, top2_gating
 
 _BATCH = bilingual_batch()
 _LANGUAGES = tuple(dict.fromkeys(_BATCH.languages))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_edu.cluster import Cluster, experts_on, holders, layer_traffic
+from moe_edu.analysis.traffic import Cluster, experts_on, holders, layer_traffic
 from moe_edu.explorers.explorer import Choice, Explorer, Slider, State, View
 from moe_edu.explorers.wording import count, fixed
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from moe_edu.dispatch import DispatchPlan, plan_dispatch
-from moe_edu.example import LANGUAGES, WORDS, six_words
+from moe_edu.analysis.six_words import LANGUAGES, WORDS, six_words
 from moe_edu.explorers.explorer import Choice, Explorer, Slider, State, View
 from moe_edu.explorers.wording import count, fixed, listed
-from moe_edu.routing import RouterOutput, top2_gating
+from moe_edu.moe.dispatch import DispatchPlan, plan_dispatch
+from moe_edu.moe.routing import RouterOutput, top2_gating
 
 _LOGITS = six_words(torch.float64).logits
 _ROUTING = top2_gating(_LOGITS, capacity=len(WORDS))  # room for all: what each capacity is cut from

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import anywidget
 import traitlets
 
-from moe_edu.theme import expert_style
+from moe_edu.figures.theme import expert_style
 
 State: TypeAlias = dict[str, Any]
 View: TypeAlias = dict[str, Any]

@@ -6,7 +6,7 @@ import torch
 
 from moe_edu.explorers.explorer import Explorer, Grid, State, Text, View
 from moe_edu.explorers.wording import fixed
-from moe_edu.routing import top2_gating
+from moe_edu.moe.routing import top2_gating
 
 _NO_WORD = "…"
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from moe_edu.browser import open_browser
 from moe_edu.explorers.explorer import STATIC, bundle
 from moe_edu.explorers.registry import NAMES, get
+from moe_edu.system.browser import open_browser
 
 PICTURES = STATIC / "pictures"
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from moe_edu.example import LANGUAGES, WORDS, six_words
+from moe_edu.analysis.six_words import LANGUAGES, WORDS, six_words
 from moe_edu.explorers.explorer import Choice, Explorer, Grid, Slider, State, View
 from moe_edu.explorers.wording import count, fixed, listed
-from moe_edu.routing import top2_gating
+from moe_edu.moe.routing import top2_gating
 
 _DRAWS = 12
 _LOGITS = six_words(torch.float64).logits

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moe_edu.example import LANGUAGES, WORDS, six_words
+from moe_edu.analysis.six_words import LANGUAGES, WORDS, six_words
 from moe_edu.explorers.explorer import Explorer, Slider, State, View
 from moe_edu.explorers.wording import fixed
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_edu.example import LANGUAGES, WORDS, six_words
+from moe_edu.analysis.six_words import LANGUAGES, WORDS, six_words
 from moe_edu.explorers.explorer import Choice, Explorer, Slider, State, Toggle, View
 from moe_edu.explorers.wording import count, listed
-from moe_edu.routing import RouterOutput, top2_gating
+from moe_edu.moe.routing import RouterOutput, top2_gating
 
 _MOST_EXPERTS = 16
 _TESTS = (

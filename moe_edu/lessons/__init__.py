@@ -1,6 +1,6 @@
 """What the notebooks need beyond the package: their start, their parameters, live pictures, the box to translate in."""
 
-from moe_edu.requirements import require_all
+from moe_edu.system.requirements import require_all
 
 require_all()  # before imports that would fail one by one
 

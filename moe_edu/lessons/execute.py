@@ -47,7 +47,7 @@ def execute(notebook: NotebookNode, folder: Path) -> Cost:
             client.execute_cell(cell, index)
         seconds = time.perf_counter() - start
         notebook.cells.append(
-            new_code_cell("from moe_edu.machine import peak_memory_mb\nprint(peak_memory_mb())")
+            new_code_cell("from moe_edu.system.machine import peak_memory_mb\nprint(peak_memory_mb())")
         )
         client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
     probe = notebook.cells.pop()

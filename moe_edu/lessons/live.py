@@ -10,11 +10,11 @@ from itertools import cycle
 from IPython.display import clear_output
 
 from moe_edu.data import Corpus, SentencePair
-from moe_edu.figures import training_figure
-from moe_edu.figures_html import Snapshot, snapshots_html
+from moe_edu.figures.html import Snapshot, snapshots_html
+from moe_edu.figures.plots import training_figure
 from moe_edu.lessons.notebook import show
-from moe_edu.pretrained import TextTranslator
-from moe_edu.training import Record
+from moe_edu.model.pretrained import TextTranslator
+from moe_edu.training.loop import Record
 
 
 def choose_phrases(
@@ -44,7 +44,7 @@ def choose_phrases(
 
 
 class LiveTraining:
-    """Draws a run below the cell while it trains; pass `on_record` to `moe_edu.training.train`.
+    """Draws a run below the cell while it trains; pass `on_record` to `moe_edu.training.loop.train`.
 
     Each drawing replaces the one before, so the saved notebook holds the last.
     """

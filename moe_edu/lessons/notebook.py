@@ -12,9 +12,9 @@ import torch
 from IPython.display import display
 from ipywidgets import Widget
 
+from moe_edu.figures.theme import STYLE_SHEET
 from moe_edu.lessons.service import COLAB, advise, find_service
-from moe_edu.requirements import find_lacks, requirements_of
-from moe_edu.theme import STYLE_SHEET
+from moe_edu.system.requirements import find_lacks, requirements_of
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PARAMETERS_MARK = "# Parameters"  # how papermill begins the cell that it injects

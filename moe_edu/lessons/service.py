@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from moe_edu.requirements import Lack
+from moe_edu.system.requirements import Lack
 
 
 class Service(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from moe_edu.pretrained import TextTranslator
-from moe_edu.routing import Top2Router
+from moe_edu.model.pretrained import TextTranslator
+from moe_edu.moe.routing import Top2Router
 
 
 def router_states(translator: TextTranslator, texts: Iterable[str]) -> Tensor:

@@ -14,9 +14,9 @@ import ipywidgets as widgets
 
 from moe_edu.config import MoEConfig
 from moe_edu.data import UNDETERMINED, get_language
-from moe_edu.figures_html import describe_routing, routing_html
-from moe_edu.pretrained import TextTranslator
-from moe_edu.routing import RouterOutput, expert_capacity, top2_gating
+from moe_edu.figures.html import describe_routing, routing_html
+from moe_edu.model.pretrained import TextTranslator
+from moe_edu.moe.routing import RouterOutput, expert_capacity, top2_gating
 
 NO_LIMIT = math.inf
 CAPACITY_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, NO_LIMIT)

@@ -18,8 +18,8 @@ import nbformat
 import pytest
 from playwright.sync_api import expect
 
-from moe_edu.browser import find_browser, open_browser
-from moe_edu.server.isolated import serve_apart
+from moe_edu.system.browser import find_browser, open_browser
+from moe_edu.system.isolated import serve_apart
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PATIENCE_MS = 120_000  # for a machine that others use, too

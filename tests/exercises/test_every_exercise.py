@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_edu.capstone import OURS
+from moe_edu.exercises.capstone import OURS
 from moe_edu.exercises.compare import compare
 from moe_edu.exercises.judge import judge
 from moe_edu.exercises.registry import all_exercises

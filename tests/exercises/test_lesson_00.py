@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moe_edu.example import six_words
+from moe_edu.analysis.six_words import six_words
 from moe_edu.exercises.lesson_00 import EXERCISES, busiest_expert, gate
-from moe_edu.routing import top2_gating
+from moe_edu.moe.routing import top2_gating
 
 
 def test_the_six_words_make_as_many_choices_as_asked():

@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from moe_edu import MoEConfig, SparseMLP
-from moe_edu.budget import active_parameters, expert_parameters
 from moe_edu.exercises.lesson_01 import (
     attend,
     layer_norm,
@@ -13,6 +12,7 @@ from moe_edu.exercises.lesson_01 import (
     sparse_layer_size,
     sparse_layers,
 )
+from moe_edu.model.budget import active_parameters, expert_parameters
 
 
 def config(**fields):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from moe_edu import MoEConfig, expert_capacity, top2_gating
-from moe_edu.capstone import Pieces, check_pieces
 from moe_edu.exercises import lesson_02
 from moe_edu.exercises import lesson_03 as lesson
+from moe_edu.exercises.capstone import Pieces, check_pieces
 from moe_edu.exercises.registry import find_exercise
-from moe_edu.routing import queue_positions
+from moe_edu.moe.routing import queue_positions
 
 
 def gating(seed, **options):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moe_edu.dispatch import permute, plan_dispatch, unpermute
 from moe_edu.exercises.lesson_04 import EXERCISES, combine, dispatch, expert_starts, kept_choices, pad_rows
-from moe_edu.routing import top2_gating
+from moe_edu.moe.dispatch import permute, plan_dispatch, unpermute
+from moe_edu.moe.routing import top2_gating
 
 
 @pytest.fixture(params=[(7, 4, 2), (16, 3, 4), (1, 2, 1), (5, 8, 5)], ids=str)

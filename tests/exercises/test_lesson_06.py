@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from moe_edu import MoEEncoder
 from moe_edu.exercises import lesson_06
-from moe_edu.layers import Attention, EncoderLayer
-from moe_edu.layers import clamp_overflow as package_clamp
-from moe_edu.model import PositionTable
+from moe_edu.model.embedding import PositionTable
+from moe_edu.model.layers import Attention, EncoderLayer
+from moe_edu.model.layers import clamp_overflow as package_clamp
 
 GENERATOR = torch.Generator().manual_seed(0)
 

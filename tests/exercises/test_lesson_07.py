@@ -6,8 +6,8 @@ import torch
 from moe_edu import weighted_cross_entropy
 from moe_edu.data import PairBatches, Tokenizer, load_corpus
 from moe_edu.exercises import lesson_07
-from moe_edu.settings import TrainingSettings
-from moe_edu.training import learning_rate_at
+from moe_edu.training.loop import learning_rate_at
+from moe_edu.training.settings import TrainingSettings
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moe_edu import analysis
+from moe_edu.analysis import specialisation as analysis
 from moe_edu.exercises import lesson_08
-from moe_edu.routing import top2_gating
+from moe_edu.moe.routing import top2_gating
 
 draws = pytest.mark.parametrize("seed", range(10))
 

@@ -27,8 +27,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from moe_edu.exercises.lesson_10 import EXERCISES
 from moe_edu.exercises.lesson_10_losses import _OUTPUTS
-from moe_edu.losses import load_balancing_loss, router_z_loss
-from moe_edu.routing import expert_capacity, top2_gating
+from moe_edu.moe.router_losses import load_balancing_loss, router_z_loss
+from moe_edu.moe.routing import expert_capacity, top2_gating
 
 BY_KEY = {exercise.key: exercise for exercise in EXERCISES}
 SEEDS = range(8)

@@ -14,8 +14,8 @@ from moe_edu.experiments.english_to_many import (
     training_settings,
 )
 from moe_edu.experiments.sweep import by_cell, count_parameters, load_results, summarize
-from moe_edu.model import MoETranslator
-from moe_edu.settings import small_config
+from moe_edu.model.translator import MoETranslator
+from moe_edu.training.settings import small_config
 
 QUICK = EnglishToManySettings(steps=3, batch_tokens=200)
 

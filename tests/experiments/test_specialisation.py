@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from moe_edu.analysis import mutual_information
+from moe_edu.analysis.specialisation import mutual_information
 from moe_edu.data import load_corpus
 from moe_edu.experiments.specialisation import (
     MASK_SHARE,
@@ -30,8 +30,8 @@ from moe_edu.experiments.specialisation_translators import (
     train_translator,
     untrained_translator,
 )
-from moe_edu.pretrained import SHIPPED, load_pretrained
-from moe_edu.settings import TrainingSettings
+from moe_edu.model.pretrained import SHIPPED, load_pretrained
+from moe_edu.training.settings import TrainingSettings
 
 LANGUAGES = ("eng_Latn", "fra_Latn", "rus_Cyrl")
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from moe_edu.analysis import without_experts
-from moe_edu.checkpoint import CheckpointError
+from moe_edu.analysis.specialisation import without_experts
 from moe_edu.data import UnknownLanguageError, load_corpus
 from moe_edu.experiments.specialisation_ablation import (
     WordIndex,
@@ -28,8 +27,9 @@ from moe_edu.experiments.specialisation_letters import (
     train_letter_model,
     untrained_twin,
 )
-from moe_edu.model import MoEEncoder
-from moe_edu.settings import TrainingSettings
+from moe_edu.model.checkpoint import CheckpointError
+from moe_edu.model.encoder import MoEEncoder
+from moe_edu.training.settings import TrainingSettings
 
 LANGUAGES = ("eng_Latn", "fra_Latn", "hin_Deva")
 

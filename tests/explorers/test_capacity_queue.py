@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from moe_edu.capacity import bilingual_batch, skew_logits
+from moe_edu.analysis.drop_rates import bilingual_batch, skew_logits
 from moe_edu.explorers.capacity_queue import EXPLORER, view
 
 STATES = [

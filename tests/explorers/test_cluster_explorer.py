@@ -1,8 +1,8 @@
-"""The cluster explorer's numbers are those of `moe_edu.cluster`."""
+"""The cluster explorer's numbers are those of `moe_edu.analysis.traffic`."""
 
 import random
 
-from moe_edu.cluster import experts_on, holders, layer_traffic
+from moe_edu.analysis.traffic import experts_on, holders, layer_traffic
 from moe_edu.explorers.cluster import EXPLORER, size, to_cluster, view
 
 

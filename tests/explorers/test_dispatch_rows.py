@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from moe_edu.dispatch import permute, plan_dispatch, unpermute
-from moe_edu.example import WORDS, six_words
+from moe_edu.analysis.six_words import WORDS, six_words
 from moe_edu.explorers.dispatch_rows import EXPLORER, view
-from moe_edu.routing import top2_gating
+from moe_edu.moe.dispatch import permute, plan_dispatch, unpermute
+from moe_edu.moe.routing import top2_gating
 
 each_capacity = pytest.mark.parametrize("capacity", range(1, 7))
 

@@ -14,8 +14,8 @@ from moe_edu.experiments.routing_layers import (
     read_routes,
 )
 from moe_edu.explorers.routing_layers import EXPLORER, view
-from moe_edu.pretrained import TextTranslator
-from moe_edu.settings import small_config
+from moe_edu.model.pretrained import TextTranslator
+from moe_edu.training.settings import small_config
 
 ROUTES = read_routes()
 

@@ -4,7 +4,7 @@ const amount = (number) => (number >= 1e9 ? `${fixed(number / 1e9, 1)} billion` 
 
 const isSparse = (layer, step) => step > 0 && (layer + 1) % step === 0;
 
-// The counts of moe_edu/budget.py: [embedding, attention, norms, dense feed-forward, router, experts].
+// The counts of moe_edu/model/budget.py: [embedding, attention, norms, dense feed-forward, router, experts].
 function compute(state, data) {
   const { experts: E, layers, width: D, step } = state;
   const [V, S] = [Number(state.vocab), data.length];

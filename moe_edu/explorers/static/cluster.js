@@ -1,6 +1,6 @@
 import { count, fixed, h, label, range } from "./kit.js";
 
-// The arithmetic of moe_edu.cluster.
+// The arithmetic of moe_edu.analysis.traffic.
 function compute(state, data) {
   const [experts, devices, bytes] = [Number(state.experts), Number(state.devices), Number(state.precision)];
   const replicas = Math.max(Math.floor(devices / experts), 1);

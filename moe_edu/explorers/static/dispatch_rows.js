@@ -1,6 +1,6 @@
 import { argmax, button, chip, colored, count, expertTag, fixed, h, hatching, label, listed, range, sum } from "./kit.js";
 
-// The arithmetic of moe_edu.dispatch.plan_dispatch: kept choices sorted by expert, the others behind them.
+// The arithmetic of moe_edu.moe.dispatch.plan_dispatch: kept choices sorted by expert, the others behind them.
 function compute(state, data) {
   const E = data.num_experts;
   const kept = data.position.map((pair) => pair.map((position) => position < state.capacity));

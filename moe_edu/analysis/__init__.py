@@ -1,0 +1,1 @@
+"""Numbers about routing: the example of six words, drop rates, traffic, specialisation, parity."""

@@ -1,0 +1,1 @@
+"""The CPU's fast paths: compiled code, and the same in PyTorch's operators."""

@@ -1,0 +1,110 @@
+"""The translator: encoder, decoder, and one embedding that both share with the output layer.
+
+Shapes: B batch, S source length, L target length, D model width, V vocabulary.
+Source: NLLB Team 2022, section 6; the computation is that of `transformers` 4.x `NllbMoeForConditionalGeneration`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_edu.config import MoEConfig
+from moe_edu.model.checkpoint import hf_state_dict, load_hf_state_dict
+from moe_edu.model.decoder import DecoderOutput, MoEDecoder
+from moe_edu.model.embedding import initialize, make_embedding
+from moe_edu.model.encoder import EncoderOutput, MoEEncoder
+from moe_edu.model.generation import generate
+from moe_edu.model.layers import LayerCache
+from moe_edu.moe.routing import RouterOutput
+
+
+class TranslatorOutput(NamedTuple):
+    """Logits `[B, L, V]` and what the two halves returned."""
+
+    logits: Tensor
+    encoder: EncoderOutput
+    decoder: DecoderOutput
+
+    @property
+    def routing(self) -> tuple[RouterOutput | None, ...]:
+        """One entry a layer, the encoder's first."""
+        return self.encoder.routing + self.decoder.routing
+
+
+class MoETranslator(nn.Module):
+    """Encoder, decoder and one embedding that both share with the output layer."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.shared = make_embedding(config)
+        self.encoder = MoEEncoder(config, self.shared)
+        self.decoder = MoEDecoder(config, self.shared)
+        initialize(self, config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        *,
+        encoder_output: EncoderOutput | None = None,
+        cache: tuple[LayerCache, ...] | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> TranslatorOutput:
+        """Teacher-forced logits `[B, L, V]`.
+
+        Args:
+            input_ids: `[B, S]` source ids; not needed with `encoder_output`.
+            attention_mask: `[B, S]`, 1 for words; also needed with `encoder_output` where the source is padded.
+            decoder_input_ids: `[B, L]`, the target shifted right behind `config.decoder_start_token_id`.
+            decoder_attention_mask: `[B, L]`, 1 for words.
+            encoder_output: an encoding to reuse.
+            cache: what an earlier call with `use_cache=True` returned in `decoder.cache`.
+
+        Raises:
+            ValueError: no decoder ids, a mask of the wrong shape, more tokens than positions.
+        """
+        if decoder_input_ids is None:
+            raise ValueError("decoder_input_ids are required: the target shifted right, or use generate()")
+        if encoder_output is None:
+            encoder_output = self.encoder(
+                input_ids,
+                attention_mask,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+            )
+        decoded = self.decoder(
+            decoder_input_ids,
+            encoder_output.last_hidden_state,
+            attention_mask,
+            decoder_attention_mask,
+            cache,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+        )
+        return TranslatorOutput(self.vocabulary_logits(decoded.last_hidden_state), encoder_output, decoded)
+
+    def vocabulary_logits(self, hidden: Tensor) -> Tensor:
+        """The decoder's hidden states `[..., D]` to logits `[..., V]`, with the embedding as output layer."""
+        return F.linear(hidden, self.shared.weight)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Translate by greedy or beam search; see `moe_edu.model.generation.generate` for the options."""
+        return generate(self, input_ids, attention_mask, **options)
+
+    def load_hf_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy in the state dict of `NllbMoeForConditionalGeneration` or `NllbMoeModel`."""
+        load_hf_state_dict(self, state_dict)
+
+    def hf_state_dict(self) -> dict[str, Tensor]:
+        """The weights under `NllbMoeForConditionalGeneration`'s names, sharing memory with the model."""
+        return hf_state_dict(self)

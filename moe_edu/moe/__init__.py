@@ -1,0 +1,1 @@
+"""One sparse layer: router, dispatch, experts, losses and metrics, and the slow, obvious form of it all."""

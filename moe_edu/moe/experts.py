@@ -1,0 +1,209 @@
+"""The experts: stacked feed-forward weights, and the back ends that multiply sorted rows with them.
+
+Shapes: N rows sorted by expert, E experts, D model width, F feed-forward width. `counts[e]` rows belong to expert e;
+rows behind the last expert's belong to nobody and come back as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from moe_edu.config import MoEConfig
+from moe_edu.kernels import grouped_gemm
+from moe_edu.kernels.gradient_memory import GradientPages
+from moe_edu.moe.backends import Backend, explain_backend, why_no_grouped_mm
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+class Experts(nn.Module):
+    """E feed-forward networks `fc2(dropout(act(fc1(x))))` with stacked weights.
+
+    Parameters: `w1 [E, F, D]`, `b1 [E, F]`, `w2 [E, D, F]`, `b2 [E, D]`.
+
+    Args:
+        config: sizes, activation and dropout.
+        ffn_dim: F; None for `config.encoder_ffn_dim`.
+        backend: "loop" is one plain product an expert, "grouped" one grouped product over sorted rows, "padded" one
+            batched product over E slots of equal size; "auto" picks by device, dtype and sizes,
+            see `explain_backend`.
+
+    Raises:
+        ValueError: a back end that does not exist.
+    """
+
+    def __init__(self, config: MoEConfig, ffn_dim: int | None = None, backend: Backend = "auto") -> None:
+        super().__init__()
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
+        E, D, F_ = config.num_experts, config.d_model, ffn_dim or config.encoder_ffn_dim
+        self.act = ACTIVATIONS[config.activation_function]
+        self.dropout = config.activation_dropout
+        self.backend: Backend = backend
+        self.pages = GradientPages()
+        self.w1 = nn.Parameter(torch.empty(E, F_, D))
+        self.b1 = nn.Parameter(torch.zeros(E, F_))
+        self.w2 = nn.Parameter(torch.empty(E, D, F_))
+        self.b2 = nn.Parameter(torch.zeros(E, D))
+        nn.init.normal_(self.w1, std=config.init_std)
+        nn.init.normal_(self.w2, std=config.init_std)
+
+    def extra_repr(self) -> str:
+        E, F_, D = self.w1.shape
+        return f"num_experts={E}, d_model={D}, ffn_dim={F_}, backend={self.backend!r}"
+
+    def forward(self, rows: Tensor, counts: Tensor, capacity: int) -> Tensor:
+        """`[N, D]` rows sorted by expert, `[E]` counts of at most `capacity`: `[N, D]` outputs."""
+        dtype = rows.dtype
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, *weights = (t.to(dtype) for t in (rows, self.w1, self.b1, self.w2, self.b2))
+        backend = explain_backend(self, dtype, rows.shape[0], capacity).backend
+        if backend == "loop":
+            return _loop(rows, counts, self._hidden, weights)
+        if backend == "padded":
+            return _padded(rows, counts, min(capacity, rows.shape[0]), self._hidden, weights)
+        if why_no_grouped_mm(rows.device, dtype, self.w1.shape) is None:
+            return _grouped_mm(rows, counts, self._hidden, weights)
+        if torch.is_grad_enabled():
+            return _grouped(rows, counts, self._hidden, weights, self.pages)
+        return _grouped_inference(rows, counts, self._hidden, weights)
+
+    def _hidden(self, pre_activation: Tensor) -> Tensor:
+        # In place where its own result is all that its gradient needs: `[N, F]` is the layer's largest tensor.
+        hidden = pre_activation.relu_() if self.act is F.relu else self.act(pre_activation)
+        if self.training and self.dropout > 0:
+            hidden = F.dropout(hidden, self.dropout)
+        return hidden
+
+
+Weights = Sequence[Tensor]  # w1, b1, w2, b2 in the dtype of the rows
+
+# However unevenly the router loads the experts, a pass without gradients holds the hidden activations of so many rows.
+_ROWS_AT_ONCE = 2048
+
+
+def _loop(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights) -> Tensor:
+    """One expert after the other: the form to read."""
+    outputs = torch.zeros_like(rows)
+    for expert, segment in grouped_gemm.segments(counts.tolist()):
+        w1, b1, w2, b2 = (weight[expert] for weight in weights)
+        outputs[segment] = F.linear(hidden(F.linear(rows[segment], w1, b1)), w2, b2)
+    return outputs
+
+
+def _grouped_inference(
+    rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights
+) -> Tensor:
+    """`_grouped` without gradients, over a bounded number of rows at once."""
+    w1, b1, w2, b2 = weights
+    outputs = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    inner = rows.new_empty(min(_ROWS_AT_ONCE, len(rows)), w1.shape[1])  # one piece of memory for all portions
+    start = 0
+    for experts, sizes in _portions(counts.tolist(), _ROWS_AT_ONCE):
+        portion = slice(start, start + sum(sizes))
+        x = inner[: sum(sizes)]
+        grouped_gemm.linear(rows[portion], w1[experts], b1[experts], sizes, out=x)
+        grouped_gemm.linear(hidden(x), w2[experts], b2[experts], sizes, out=outputs[portion])
+        start = portion.stop
+    outputs[start:] = 0
+    return outputs
+
+
+def _portions(sizes: Sequence[int], at_most: int) -> Iterator[tuple[slice, list[int]]]:
+    """Cut the rows of all experts into portions of `at_most`: (the experts that share one, how many rows of each)."""
+    first, room = 0, at_most
+    portion: list[int] = []
+    for expert, size in enumerate(sizes):
+        while size > room:
+            yield slice(first, expert + 1), [*portion, room]
+            size -= room
+            first, portion, room = expert, [], at_most
+        portion.append(size)
+        room -= size
+    yield slice(first, len(sizes)), portion
+
+
+def _padded(
+    rows: Tensor, counts: Tensor, capacity: int, hidden: Callable[[Tensor], Tensor], weights: Weights
+) -> Tensor:
+    """One batched product over `[E, capacity, D]`; shapes depend on no value, so CUDA graphs can hold it."""
+    w1, b1, w2, b2 = weights
+    E, N = counts.shape[0], rows.shape[0]
+    end = counts.cumsum(0)
+    index = torch.arange(N, device=rows.device)
+    expert = torch.bucketize(index, end, right=True)
+    slot = index - F.pad(end, (1, 0))[expert]
+    # Rows of nobody share one spare slot behind the last expert's.
+    place = (expert * capacity + slot).where(expert < E, E * capacity)
+    slots = rows.new_zeros(E * capacity + 1, rows.shape[1]).index_copy(0, place, rows)
+    x = slots[:-1].unflatten(0, (E, capacity))
+    y = torch.baddbmm(b2[:, None], hidden(torch.baddbmm(b1[:, None], x, w1.mT)), w2.mT)
+    y = F.pad(y.flatten(0, 1), (0, 0, 0, 1))
+    return y.index_select(0, place)
+
+
+def _grouped_mm(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights) -> Tensor:
+    """PyTorch's grouped product: offsets stay on the device, so nothing synchronises."""
+    w1, b1, w2, b2 = weights
+    end = counts.cumsum(0).to(torch.int32)
+    index = torch.arange(rows.shape[0], device=rows.device)[:, None]
+    owner = (index < end) & (index >= end - counts)  # [N, E]
+    real = owner.any(dim=1, keepdim=True)
+    # Biases as a product, too: the gradient of `b1[expert]` adds up thousands of rows at one place, one by one.
+    owner = owner.to(rows.dtype)
+    # The grouped product leaves rows of nobody unwritten, in its output and in the gradient of its input: each `where`
+    # stops what they hold, in both directions.
+    x = F.grouped_mm(rows.where(real, 0), w1.mT, offs=end).addmm_(owner, b1)
+    y = F.grouped_mm(hidden(x.where(real, 0)), w2.mT, offs=end).addmm_(owner, b2)
+    return y.where(real, 0)
+
+
+def _grouped(
+    rows: Tensor,
+    counts: Tensor,
+    hidden: Callable[[Tensor], Tensor],
+    weights: Weights,
+    pages: GradientPages,
+) -> Tensor:
+    """`_loop` with a backward pass of its own, see `GroupedLinear`."""
+    w1, b1, w2, b2 = weights
+    sizes = counts.tolist()
+    return GroupedLinear.apply(hidden(GroupedLinear.apply(rows, w1, b1, sizes, pages)), w2, b2, sizes, pages)
+
+
+class GroupedLinear(torch.autograd.Function):
+    """`y[n] = x[n] @ weight[e]^T + bias[e]` for the rows n of each expert e, on the CPU.
+
+    Indexing a stacked weight once an expert makes autograd build and add up one full-size `[E, out, in]` gradient for
+    each of them; here every expert writes its own slice of a single one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], pages: GradientPages
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes, ctx.pages = sizes, pages
+        return grouped_gemm.linear(x, weight, bias, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        grad_y = grad_y.contiguous()
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
+            grad_x = grouped_gemm.grad_input(grad_y, weight, ctx.sizes)
+        if need_weight:
+            grad_weight = grouped_gemm.grad_weight(grad_y, x, ctx.sizes, out=ctx.pages.empty_like(weight))
+        if need_bias:
+            grad_bias = grouped_gemm.grad_bias(grad_y, ctx.sizes)
+        return grad_x, grad_weight, grad_bias, None, None

@@ -1,0 +1,92 @@
+"""The feed-forward networks of a layer: the dense one, and the sparse one that routes each token to experts.
+
+Shapes: B batch, S sequence, T = B * S tokens, K choices a token, D model width, F feed-forward width.
+Module names are those of `transformers` 4.x (`models/nllb_moe/modeling_nllb_moe.py`), so state dicts map one to one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_edu.config import MoEConfig
+from moe_edu.moe.backends import Backend
+from moe_edu.moe.dispatch import permute, plan_dispatch, unpermute
+from moe_edu.moe.experts import ACTIVATIONS, Experts
+from moe_edu.moe.routing import RouterOutput, Top2Router
+
+
+class FeedForward(nn.Module):
+    """The dense feed-forward network: `fc2(dropout(act(fc1(x))))`."""
+
+    def __init__(self, config: MoEConfig, ffn_dim: int) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.activation_function]
+        self.dropout = nn.Dropout(config.activation_dropout)
+        self.fc1 = nn.Linear(config.d_model, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.act(self.fc1(hidden))))
+
+
+class SparseMLP(nn.Module):
+    """The sparse feed-forward network: route, dispatch, multiply, combine.
+
+    Args:
+        config: sizes and router settings.
+        ffn_dim: width F of each expert; None for `config.encoder_ffn_dim`.
+        backend: how the experts' products are computed, see `Experts`.
+    """
+
+    def __init__(self, config: MoEConfig, ffn_dim: int | None = None, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.router = Top2Router(config)
+        self.experts = Experts(config, ffn_dim, backend)
+
+    def forward(
+        self, hidden: Tensor, padding_mask: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, RouterOutput]:
+        """`hidden [B, S, D]`, `padding_mask [B, S]` bool (True where padded): the mixed outputs and the routing.
+
+        A token that no expert took comes back as zeros. `generator` feeds the router's sampling and the expert
+        output masking.
+
+        Raises:
+            ValueError: a mask of another shape or dtype.
+        """
+        routing = self.router(hidden, padding_mask, generator)
+        plan = plan_dispatch(routing)
+        rows = self.experts(permute(hidden.flatten(0, 1), plan), plan.counts, routing.capacity)
+        rows, weights = self._mask_outputs(rows, routing.combine_weights, generator)
+        return unpermute(rows, weights, plan).view(hidden.shape).to(hidden.dtype), routing
+
+    def _mask_outputs(
+        self, rows: Tensor, weights: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Expert output masking (NLLB Team 2022, section 6.2.2), as a mask on the gates `[T, K]`."""
+        p = self.config.moe_token_dropout
+        if p == 0:
+            return rows, weights
+        if not self.training:
+            return rows, weights * (1 - p)
+        if self.config.elementwise_token_dropout:
+            return F.dropout(rows, p), weights
+        # Not `torch.rand`, which torch.compile cannot trace with a generator argument where T is not fixed.
+        uniform = torch.empty_like(weights, dtype=torch.float32).uniform_(generator=generator)
+        return rows, weights * (uniform >= p)
+
+
+def make_feed_forward(config: MoEConfig, ffn_dim: int, sparse: bool) -> nn.Module:
+    return SparseMLP(config, ffn_dim) if sparse else FeedForward(config, ffn_dim)
+
+
+def apply_feed_forward(
+    ffn: nn.Module, hidden: Tensor, padding_mask: Tensor | None
+) -> tuple[Tensor, RouterOutput | None]:
+    """Run a dense or a sparse feed-forward network; the routing is None where it is dense."""
+    if isinstance(ffn, SparseMLP):
+        return ffn(hidden, padding_mask)
+    return ffn(hidden), None

@@ -1,0 +1,1 @@
+"""Training a translator: settings, shards, the loop, a run's folder, evaluation."""

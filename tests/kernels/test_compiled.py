@@ -1,0 +1,96 @@
+"""Where compiled code is used, and what is said where it is not."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_edu import MoEConfig, MoEEncoder
+from moe_edu.kernels import compiled
+from moe_edu.kernels.compiled import can_be_compiled, why_not_compiled
+
+
+def test_is_built_where_there_is_a_compiler():
+    if sys.platform != "linux" or shutil.which("cc") is None:
+        pytest.skip("no C compiler that the build would use")
+    assert compiled._LIBRARY is not None, "install moe_edu again: a compiler came after it"
+
+
+def test_says_why_it_is_not_compiled(monkeypatch):
+    class Library:
+        @staticmethod
+        def is_supported() -> int:
+            return 0
+
+    assert "bfloat16" in why_not_compiled(torch.bfloat16)
+    monkeypatch.setattr(compiled, "_LIBRARY", Library)
+    assert "AVX2" in why_not_compiled(torch.float32)
+    monkeypatch.setattr(compiled, "_LIBRARY", None)
+    assert "C compiler" in why_not_compiled(torch.float32)
+
+
+def test_a_library_of_another_system_is_none_at_all(monkeypatch, tmp_path):
+    (tmp_path / "foreign.so").write_bytes(b"not a library")
+
+    class Spec:
+        origin = str(tmp_path / "foreign.so")
+
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: Spec)
+    assert compiled._load_library() is None
+
+
+def test_serves_fp32_in_the_memory_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(compiled, "why_not_compiled", lambda dtype: None)
+    x = torch.zeros(2)
+    assert can_be_compiled(x, x)
+    assert not can_be_compiled(x, x.double())
+    assert not can_be_compiled(x, x.to("meta"))
+    monkeypatch.setattr(compiled, "why_not_compiled", lambda dtype: "for a reason")
+    assert not can_be_compiled(x, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+def test_leaves_operators_to_modes_that_must_see_them(monkeypatch):
+    monkeypatch.setattr(compiled, "why_not_compiled", lambda dtype: None)
+    x = torch.zeros(2)
+    with FlopCounterMode(display=False):
+        assert not can_be_compiled(x)
+    with FakeTensorMode():
+        assert not can_be_compiled(torch.zeros(2))
+    with forward_ad.dual_level():
+        assert not can_be_compiled(x)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(can_be_compiled(row)) or row)(x[None])
+    torch.jit.trace(lambda row: seen.append(can_be_compiled(row)) or row + 1, x, check_trace=False)
+    assert seen == [False, False]
+    assert can_be_compiled(x)
+
+
+class LastHiddenState(nn.Module):
+    """torch.jit takes no named tuples with None in them."""
+
+    def __init__(self, encoder: MoEEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.encoder(ids).last_hidden_state
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_traced_layer_computes_what_the_layer_does(gradients):
+    """While torch.jit traces, a size is a tensor, and compiled code would read its address as a size."""
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = MoEConfig(d_model=16, encoder_layers=1, num_experts=3, vocab_size=50, **heads)
+    model = LastHiddenState(MoEEncoder(config)).eval()
+    ids = torch.randint(3, 50, (2, 6))
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(model, ids, check_trace=False)
+        torch.testing.assert_close(traced(ids), model(ids))

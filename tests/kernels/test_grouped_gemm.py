@@ -1,0 +1,211 @@
+"""The compiled products and PyTorch's, number by number: whole numbers are summed without rounding."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_edu.kernels import grouped_gemm
+
+
+@pytest.fixture
+def many_rows(monkeypatch):
+    """Compiled products also for more rows than those with which they are faster."""
+    monkeypatch.setattr(grouped_gemm, "_FEW_ROWS", 1000)
+
+
+@pytest.fixture
+def products(either_code, many_rows):
+    """Compiled code and PyTorch's, in turn."""
+
+
+def whole(*shape: int) -> torch.Tensor:
+    """Small enough that any sum of products of them is a whole number that fp32 holds."""
+    return torch.randint(-8, 9, shape).float()
+
+
+def make_problem(sizes: list[int], nobody: int, inputs: int, outputs: int):
+    rows = sum(sizes) + nobody
+    return (
+        whole(rows, inputs),
+        whole(len(sizes), outputs, inputs),
+        whole(len(sizes), outputs),
+        whole(rows, outputs),
+    )
+
+
+def check(sizes: list[int], nobody: int, inputs: int, outputs: int) -> None:
+    """All four functions against one product an expert, in float64."""
+    x, weight, bias, grad_y = make_problem(sizes, nobody, inputs, outputs)
+    y = grouped_gemm.linear(x, weight, bias, sizes)
+    grad_x = grouped_gemm.grad_input(grad_y, weight, sizes)
+    grad_weight = grouped_gemm.grad_weight(grad_y, x, sizes, out=torch.full_like(weight, torch.nan))
+    grad_bias = grouped_gemm.grad_bias(grad_y, sizes)
+    parts = zip(sizes, x[: sum(sizes)].split(sizes), grad_y[: sum(sizes)].split(sizes), strict=True)
+    start = 0
+    for expert, (size, rows, grad) in enumerate(parts):
+        own = slice(start, start + size)
+        start += size
+        w = weight[expert].double()
+        assert torch.equal(y[own].double(), rows.double() @ w.T + bias[expert])
+        assert torch.equal(grad_x[own].double(), grad.double() @ w)
+        assert torch.equal(grad_weight[expert].double(), grad.double().T @ rows.double())
+        assert torch.equal(grad_bias[expert].double(), grad.double().sum(0))
+    assert not y[start:].any()
+    assert not grad_x[start:].any()
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    nobody=st.integers(0, 3),
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 70),
+    seed=st.integers(0, 2**31),
+)
+def test_every_number_is_right(products, sizes, nobody, inputs, outputs, seed):
+    torch.manual_seed(seed)
+    check(sizes, nobody, inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "inputs", "outputs"),
+    [
+        ([1, 0, 129, 300], 33, 47),  # more rows than one task takes
+        ([3, 20], 1100, 40),  # more inputs
+        ([3, 20], 40, 1100),  # more outputs
+        ([5, 140], 530, 2060),  # wide enough for several tasks in each direction
+        ([2, 7], 2050, 515),
+    ],
+)
+def test_every_number_of_large_problems_is_right(products, sizes, inputs, outputs):
+    check(sizes, 2, inputs, outputs)
+
+
+def rounding_bound(terms: int, magnitude: torch.Tensor) -> torch.Tensor:
+    """How far a fp32 sum of `terms` products may be from the exact one, in any order of additions.
+
+    `magnitude` is the sum of the products' absolute values. Source: Higham 2002, "Accuracy and Stability of Numerical
+    Algorithms", section 3.1: gamma_n = n u / (1 - n u), one rounding for each product and each addition.
+    """
+    n_u = (terms + 1) * torch.finfo(torch.float32).eps / 2
+    return n_u / (1 - n_u) * magnitude
+
+
+def all_products(x, weight, bias, grad_y, sizes):
+    return (
+        grouped_gemm.linear(x, weight, bias, sizes),
+        grouped_gemm.grad_input(grad_y, weight, sizes),
+        grouped_gemm.grad_weight(grad_y, x, sizes, out=torch.empty_like(weight)),
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sums_differ_from_the_exact_ones_by_rounding_alone(products, threads):
+    """Libraries add in an order of their own, which depends on the processor and on the number of threads."""
+    sizes = [9, 0, 150, 64]
+    problem = [torch.randn_like(t) for t in make_problem(sizes, 1, 520, 600)]
+    exact = all_products(*(t.double() for t in problem), sizes)
+    magnitude = all_products(*(t.double().abs() for t in problem), sizes)
+    torch.set_num_threads(threads)
+    try:
+        actual = all_products(*problem, sizes)
+    finally:
+        torch.set_num_threads(1)
+    for terms, *outcome in zip((520 + 1, 600, max(sizes)), actual, exact, magnitude, strict=True):
+        mine, true, size = outcome
+        assert ((mine.double() - true).abs() <= rounding_bound(terms, size)).all()
+
+
+def test_threads_change_nothing_in_compiled_code(compiled_code, many_rows):
+    """Not even a rounding: each number is summed in one order."""
+    sizes = [9, 0, 150, 64]
+    problem = [torch.randn_like(t) for t in make_problem(sizes, 1, 520, 600)]
+    one = all_products(*problem, sizes)
+    torch.set_num_threads(3)
+    try:
+        several = all_products(*problem, sizes)
+    finally:
+        torch.set_num_threads(1)
+    assert all(map(torch.equal, one, several))
+
+
+def test_rows_that_are_not_contiguous_are_taken_by_pytorch(products):
+    sizes = [2, 3]
+    x, weight, bias, grad_y = make_problem(sizes, 0, 6, 4)
+    expected = grouped_gemm.linear(x, weight, bias, sizes)
+    assert torch.equal(grouped_gemm.linear(x.T.contiguous().T, weight, bias, sizes), expected)
+    assert torch.equal(grouped_gemm.linear(x, weight.mT.contiguous().mT, bias, sizes), expected)
+    expected = grouped_gemm.grad_input(grad_y, weight, sizes)
+    assert torch.equal(grouped_gemm.grad_input(grad_y.T.contiguous().T, weight, sizes), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_taken_by_pytorch(dtype):
+    sizes = [2, 3]
+    x, weight, bias, grad_y = (t.clamp(-2, 2).to(dtype) for t in make_problem(sizes, 0, 6, 4))
+    assert torch.equal(grouped_gemm.linear(x, weight, bias, sizes)[:2], x[:2] @ weight[0].T + bias[0])
+    assert torch.equal(grouped_gemm.grad_input(grad_y, weight, sizes)[2:], grad_y[2:] @ weight[1])
+
+
+def test_compiled_code_sees_what_fits(monkeypatch):
+    called = []
+    monkeypatch.setattr(grouped_gemm, "can_be_compiled", lambda *tensors: True)
+    monkeypatch.setattr(grouped_gemm, "call", lambda *arguments: called.append(arguments[0]))
+    x, weight, bias, grad_y = make_problem([2, 0, 3], 1, 6, 4)
+    grouped_gemm.linear(x, weight, bias, [2, 0, 3])
+    grouped_gemm.grad_input(grad_y, weight, [2, 0, 3])
+    grouped_gemm.grad_weight(grad_y, x, [2, 0, 3], out=torch.empty_like(weight))
+    assert called == [f"grouped_gemm_{product}" for product in ("linear", "grad_input", "grad_weight")]
+
+
+def test_compiled_code_never_sees_what_does_not_fit(monkeypatch):
+    """It would read and write beyond the tensors."""
+    monkeypatch.setattr(grouped_gemm, "can_be_compiled", lambda *tensors: True)
+    monkeypatch.setattr(grouped_gemm, "call", lambda *arguments: pytest.fail("compiled code was called"))
+    x, weight, bias, grad_y = make_problem([2, 3], 0, 6, 4)
+    with pytest.raises(RuntimeError, match="shape"):
+        grouped_gemm.linear(x[:, :5].contiguous(), weight, bias, [2, 3])
+    with pytest.raises(RuntimeError):
+        grouped_gemm.linear(x, weight, bias[:, :3].contiguous(), [2, 3])
+    with pytest.raises(IndexError):
+        grouped_gemm.linear(x, weight, bias, [2, 2, 1])
+    with pytest.raises(RuntimeError, match="shape"):
+        grouped_gemm.grad_input(grad_y[:, :3].contiguous(), weight, [2, 3])
+    grouped_gemm.linear(
+        x[:4], weight, bias, [2, 3]
+    )  # a row is missing: PyTorch computes those that are there
+
+
+class TestModesSeeEveryProduct:
+    SIZES = (2, 3)
+
+    def run(self):
+        x, weight, bias, grad_y = make_problem(list(self.SIZES), 0, 6, 4)
+        return (
+            grouped_gemm.linear(x, weight, bias, self.SIZES),
+            grouped_gemm.grad_input(grad_y, weight, self.SIZES),
+            grouped_gemm.grad_weight(grad_y, x, self.SIZES, out=torch.empty_like(weight)),
+        )
+
+    def test_that_counts_flops(self, products):
+        with FlopCounterMode(display=False) as counter:
+            self.run()
+        assert counter.get_total_flops() == 3 * 2 * sum(self.SIZES) * 6 * 4
+
+    def test_that_has_no_memory(self, products):
+        with FakeTensorMode():
+            assert [tuple(t.shape) for t in self.run()] == [(5, 4), (5, 6), (2, 4, 6)]
+
+
+def test_many_rows_go_back_through_pytorch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(grouped_gemm, "can_be_compiled", lambda *tensors: bool(asked.append(tensors)))
+    for sizes, times in (([256, 0, 256], 2), ([257, 0, 256], 0)):
+        asked.clear()
+        x, weight, _, grad_y = make_problem(sizes, 9, 2, 3)
+        grouped_gemm.grad_input(grad_y, weight, sizes)
+        grouped_gemm.grad_weight(grad_y, x, sizes, out=torch.empty_like(weight))
+        assert len(asked) == times

@@ -1,0 +1,119 @@
+"""torch.compile takes the whole sparse layer in one graph, and keeps it when the number of tokens changes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moe_edu.config import MoEConfig
+from moe_edu.moe import backends, experts
+from moe_edu.moe.backends import choose_backend
+from moe_edu.moe.layer import SparseMLP
+
+E, D, F = 5, 16, 24
+
+FIELDS = {
+    "plain": {},
+    "capacity": {"expert_capacity_factor": 1.25, "moe_eval_capacity_token_fraction": -1.0},
+    "noise": {
+        "second_expert_policy": "sampling",
+        "moe_token_dropout": 0.2,
+        "batch_prioritized_routing": True,
+    },
+    "random": {"second_expert_policy": "random", "normalize_router_prob_before_dropping": True},
+}
+
+
+@pytest.fixture(params=["padded", "grouped", "auto 8.0", "auto 9.0"])
+def backend(request, monkeypatch):
+    """The back ends that GPUs run; the grouped one in CUDA's form, which the CPU can compute as well.
+
+    Or what a GPU of that compute capability chooses.
+    """
+    name, _, capability = request.param.partition(" ")
+    if name == "auto":
+        major, minor = map(int, capability.split("."))
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(
+            backends, "choose_backend", lambda device, *rest: choose_backend(torch.device("cuda"), *rest)
+        )
+    monkeypatch.setattr(experts, "why_no_grouped_mm", lambda device, dtype, shape: None)
+    torch._dynamo.reset()
+    yield name
+    torch._dynamo.reset()
+
+
+def make_layer(backend: str, training: bool, **fields) -> SparseMLP:
+    config = MoEConfig(
+        d_model=D,
+        encoder_attention_heads=1,
+        decoder_attention_heads=1,
+        num_experts=E,
+        init_std=0.5,
+        **{"moe_token_dropout": 0.0} | fields,
+    )
+    # While it is traced, PyTorch's grouped product takes bf16 only.
+    dtype = torch.float32 if backend == "padded" else torch.bfloat16
+    return SparseMLP(config, F, backend).to(dtype).train(training)
+
+
+def step(layer, call, sentence_length: int) -> list[torch.Tensor]:
+    """The output of `call` and, in training, every gradient."""
+    torch.manual_seed(sentence_length)
+    dtype = layer.experts.w1.dtype
+    hidden = torch.randn(2, sentence_length, D).to(dtype).requires_grad_(layer.training)
+    padding = torch.zeros(2, sentence_length, dtype=torch.bool)
+    padding[1, -2:] = True
+    with torch.set_grad_enabled(layer.training):
+        output, _ = call(hidden, padding)
+    if not layer.training:
+        return [output]
+    return [output, *torch.autograd.grad(output.square().sum(), [hidden, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_one_graph_serves_every_number_of_tokens(backend, fields, training):
+    layer = make_layer(backend, training, **fields)
+    graphs = []
+
+    def remember(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    # `fullgraph` refuses every graph break.
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=remember)
+    for sentence_length in (7, 12, 33, 64):
+        for actual, expected in zip(
+            step(layer, compiled, sentence_length), step(layer, layer, sentence_length), strict=True
+        ):
+            assert torch.equal(actual, expected)
+    assert len(graphs) == 1
+
+
+def test_without_a_hint_the_second_graph_serves_them_all(backend):
+    """torch.compile first takes each size for fixed, and learns from the second that it is not."""
+    layer = make_layer(backend, training=True)
+    graphs = []
+
+    def remember(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend=remember)
+    for sentence_length in (7, 12, 33, 64):
+        step(layer, compiled, sentence_length)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_cpu_layer_computes_the_same_compiled(training):
+    """Its loop over the experts needs their numbers of rows, which breaks the graph and changes no value."""
+    layer = make_layer("auto", training)
+    compiled = torch.compile(layer, backend="eager")
+    for sentence_length in (7, 12):
+        for actual, expected in zip(
+            step(layer, compiled, sentence_length), step(layer, layer, sentence_length), strict=True
+        ):
+            assert torch.equal(actual, expected)

@@ -1,0 +1,281 @@
+"""Every notebook where a reader meets it first: an environment like Colab's, an empty folder, nothing of ours beside.
+
+The environment has a PyTorch and the packages that Colab has, in Colab's versions; the notebooks' own first cell brings
+the rest. Its `git+https://...` is served from a copy of this checkout, with what is not committed yet.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+from moe_edu.lessons.address import read_name
+from moe_edu.lessons.service import COLAB, KAGGLE
+from moe_edu.system.requirements import describe_missing
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or sys.version_info >= (3, 13),
+    reason="Colab runs Linux and Python 3.12; not all of its packages are built for other systems",
+)
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TRAINING = ("07", "09")  # lessons that train for minutes: here a few steps show that they run
+
+# Colab's runtime 2026.01, but for PyTorch: pip-freeze.txt of github.com/googlecolab/backend-info at bd8aaa45.
+OF_COLAB = {
+    "ipykernel": "6.17.1",  # the kernel itself,
+    "ipython": "7.34.0",
+    "jupyter_client": "7.4.9",
+    "pyzmq": "26.2.1",
+    "tornado": "6.5.1",
+    "traitlets": "5.7.1",
+    "ipywidgets": "7.7.1",  # and of what the package needs all but anywidget and sacrebleu
+    "plotly": "5.24.1",
+    "numpy": "2.0.2",
+    "tokenizers": "0.22.2",
+    "safetensors": "0.7.0",
+    "tqdm": "4.67.1",
+    "click": "8.3.1",
+}
+NO_REGISTRY = re.compile(
+    r"\(from versions: none\)|ConnectionError|ConnectTimeout|ReadTimeout|name resolution|unreachable"
+)
+
+
+class Place:
+    """A Python environment, an empty folder, and how to run notebooks there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = folder / "env" / "bin" / "python"
+        self.empty = folder / "empty"
+        self.empty.mkdir()
+        self.environ = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PYTHON", "VIRTUAL_ENV", "MOE_EDU", "JUPYTER", "COLAB", "KAGGLE"))
+        } | {
+            "PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONNOUSERSITE": "1",
+            "IPYTHONDIR": str(folder / "ipython"),
+            "MOE_EDU_PROGRESS": str(folder / "progress.json"),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def pip(self, *arguments: str) -> str:
+        command = [self.python, "-m", "pip", *arguments]
+        done = subprocess.run(command, env=self.environ, capture_output=True, text=True)
+        if done.returncode:
+            if NO_REGISTRY.search(done.stderr) and not os.environ.get("CI"):
+                pytest.skip(f"packages cannot be had here: {done.stderr.splitlines()[-1]}")
+            raise RuntimeError(done.stderr)
+        return done.stdout
+
+    def packages(self) -> dict[str, str]:
+        """Versions by name."""
+        return {
+            item["name"].lower(): item["version"] for item in json.loads(self.pip("list", "--format=json"))
+        }
+
+    def torch_files(self) -> dict[str, tuple[int, int]]:
+        """Size and time of change of every file of PyTorch but compiled Python."""
+        (site,) = (self.folder / "env" / "lib").glob("python*/site-packages")
+        folders = [site / "torch", *site.glob("torch-*.dist-info")]
+        return {
+            str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+            for folder in folders
+            for path in folder.rglob("*")
+            if path.is_file() and path.suffix != ".pyc"
+        }
+
+    def run(self, notebook: nbformat.NotebookNode, **environ: str) -> nbformat.NotebookNode:
+        """Run every cell, past errors, in the empty folder."""
+        client = NotebookClient(
+            notebook,
+            km=_KernelOf(self.python),
+            timeout=300,
+            allow_errors=True,
+            store_widget_state=False,
+            resources={"metadata": {"path": str(self.empty)}},
+        )
+        return client.execute(env=self.environ | environ)
+
+
+class _KernelOf(AsyncKernelManager):
+    """Starts IPython kernels of another environment."""
+
+    def __init__(self, python: Path) -> None:
+        super().__init__()
+        argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        self._kernel_spec = KernelSpec(argv=argv, display_name="clean", language="python")
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """A notebook as it ships, but for the number of training steps."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if path.name[:2] in TRAINING and "parameters" in cell.metadata.get("tags", []):
+            cell.source += "\nfast, steps = True, 12"
+    return notebook
+
+
+def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def first_cell_only() -> nbformat.NotebookNode:
+    notebook = read(NOTEBOOKS[0])
+    notebook.cells = code(notebook)[:1]
+    return notebook
+
+
+def printed(cell: nbformat.NotebookNode) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def errors(notebook: nbformat.NotebookNode) -> list[str]:
+    """What went wrong, with the cell's name."""
+    return [
+        f"{cell.id}: {output.get('evalue', output.get('text'))}"
+        for cell in code(notebook)
+        for output in cell.outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+
+
+def commit_of_this_checkout(folder: Path) -> None:
+    """A git repository of the files here that git does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout: the notebooks install from one")
+    for file in filter(None, listed.stdout.split("\0")):
+        if (ROOT / file).is_file():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file)
+    author = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "as it is"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The place before any notebook, with what was in it then."""
+    place = Place(tmp_path_factory.mktemp("clean"))
+    subprocess.run([sys.executable, "-m", "venv", place.folder / "env"], check=True)
+    torch = version("torch").split("+")[0]
+    pins = [f"{name}=={pin}" for name, pin in OF_COLAB.items()]
+    place.pip("install", "-q", "--no-compile", f"torch=={torch}", *pins)
+    # Colab's own module, of which `lessons.begin` calls one function.
+    (site,) = (place.folder / "env" / "lib").glob("python*/site-packages")
+    (site / "google" / "colab").mkdir(parents=True)
+    (site / "google" / "colab" / "output.py").write_text(
+        "def enable_custom_widget_manager():\n    print('custom widgets are enabled')\n", "utf-8"
+    )
+    yield place, place.packages(), place.torch_files()
+    shutil.rmtree(place.folder)  # more than a gigabyte
+
+
+@pytest.fixture(scope="module")
+def installed(bare):
+    """The place after the first lesson, which was run as on Colab, and that lesson."""
+    place, *_ = bare
+    source = place.folder / "source"
+    commit_of_this_checkout(source)
+    name = read_name((ROOT / "pyproject.toml").read_text("utf-8"))
+    lesson = place.run(
+        read(NOTEBOOKS[0]),
+        COLAB_RELEASE_TAG="test",
+        CUDA_VISIBLE_DEVICES="",
+        GIT_CONFIG_COUNT="1",
+        GIT_CONFIG_KEY_0=f"url.{source.as_uri()}.insteadOf",
+        GIT_CONFIG_VALUE_0=f"https://github.com/{name}",
+    )
+    shutil.rmtree(source)  # from here on there is no repository
+    return place, lesson
+
+
+class TestFirstLesson:
+    def test_runs_without_an_error(self, installed):
+        assert errors(installed[1]) == []
+
+    def test_shows_its_widgets_and_says_where_to_find_a_gpu(self, installed):
+        said = printed(code(installed[1])[0])
+        assert "custom widgets are enabled" in said
+        assert f"No GPU here, and no lesson needs one. To get one: {COLAB.gpu_menu}" in said
+        views = [
+            output for cell in code(installed[1]) for output in cell.outputs if "widget-view" in str(output)
+        ]
+        assert len(views) >= 2
+
+    def test_leaves_nothing_in_the_readers_folder(self, installed):
+        assert list(installed[0].empty.iterdir()) == []
+
+
+class TestInstallation:
+    def test_touches_nothing_that_was_there(self, bare, installed):
+        place, before, torch_files = bare
+        after = place.packages()
+        assert {name: after.get(name) for name in before} == before
+        assert place.torch_files() == torch_files
+        assert len(torch_files) > 1000
+
+    def test_brings_the_package_and_little_else(self, bare, installed):
+        place, before, _ = bare
+        brought = set(place.packages()) - set(before)
+        assert {"moe-edu", "sacrebleu", "anywidget"} <= brought
+        assert len(brought) < 12
+        assert not [name for name in brought if re.match("torch|nvidia|triton", name)]
+
+
+OFFLINE = {"PIP_NO_INDEX": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_runs_offline_afterwards(installed, path):
+    place, _ = installed
+    notebook = place.run(read(path), **OFFLINE)
+    assert errors(notebook) == []
+    assert not [cell for cell in code(notebook)[:1] if printed(cell)]  # the first cell: no pip, nothing amiss
+
+
+def test_kaggles_readers_hear_of_its_own_menu(installed):
+    place, _ = installed
+    notebook = place.run(
+        first_cell_only(), **OFFLINE, KAGGLE_KERNEL_RUN_TYPE="Interactive", CUDA_VISIBLE_DEVICES=""
+    )
+    (line,) = printed(notebook.cells[0]).splitlines()
+    assert line.startswith("No GPU here")
+    assert KAGGLE.gpu_menu in line
+
+
+@pytest.mark.parametrize("name", ["sacrebleu", "anywidget", "plotly"])
+def test_a_missing_package_is_named_in_one_line(installed, name):
+    place, _ = installed
+    (site,) = (place.folder / "env" / "lib").glob("python*/site-packages")
+    away = place.folder / "away"
+    away.mkdir()
+    parts = [site / name, *site.glob(f"{name}-*.dist-info")]
+    assert len(parts) == 2
+    for part in parts:
+        part.rename(away / part.name)
+    try:
+        notebook = place.run(first_cell_only(), **OFFLINE)
+    finally:
+        for part in parts:
+            (away / part.name).rename(part)
+        away.rmdir()
+    (output,) = notebook.cells[0].outputs
+    assert output.traceback == [f"MissingRequirementError: {describe_missing([name])}"]

@@ -1,0 +1,22 @@
+"""`import moe_edu` brings in what the model needs and nothing else: counted, not timed."""
+
+import subprocess
+import sys
+
+ALLOWED = {"moe_edu", "numpy", "safetensors", "tokenizers"}
+
+SCRIPT = """
+import sys, torch
+before = set(sys.modules)
+import moe_edu
+print(" ".join(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_import_brings_in_few_modules():
+    run = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
+    added = run.stdout.split()
+    foreign = {name.partition(".")[0] for name in added} - ALLOWED - set(sys.stdlib_module_names)
+    assert not foreign, "moved behind `import moe_edu`: import them where they are used"
+    assert "moe_edu.training.loop" not in added
+    assert len(added) < 80

@@ -1,0 +1,147 @@
+"""The project's own files: one list of dependencies, pins in one place, README links that lead somewhere."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe_edu.exercises.registry import all_exercises
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+CONDA_NAMES = {"torch": "pytorch-cpu"}
+
+
+def conda_list(path: str) -> list[str]:
+    """The conda packages of an environment file, without blanks."""
+    environment = yaml.safe_load((ROOT / path).read_text("utf-8"))
+    return [entry.replace(" ", "") for entry in environment["dependencies"] if isinstance(entry, str)]
+
+
+def as_conda(requirements: list[str]) -> set[str]:
+    """Requirements of pyproject.toml under conda's names."""
+    pairs = (re.fullmatch(r"([\w-]+)(.*)", requirement).groups() for requirement in requirements)
+    return {CONDA_NAMES.get(name, name) + bound for name, bound in pairs}
+
+
+def test_conda_installs_the_packages_list():
+    wanted = as_conda(PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["lab"])
+    assert set(conda_list("environment.yml")) == wanted | {"python>=3.11,<3.14", "pip"}
+
+
+@pytest.mark.parametrize("path", ["environment.yml", "binder/environment.yml"])
+def test_pip_takes_what_conda_hands_it(path, tmp_path):
+    """conda writes these lines into a requirements file, which takes fewer options than pip's command line."""
+    environment = yaml.safe_load((ROOT / path).read_text("utf-8"))
+    lines = [
+        line for entry in environment["dependencies"] if isinstance(entry, dict) for line in entry["pip"]
+    ]
+    file = tmp_path / "requirements.txt"
+    file.write_text("\n".join(lines), "utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--no-build-isolation",
+        "-r",
+        str(file),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Invalid requirement" not in done.stderr
+    assert "no such option" not in done.stderr
+
+
+def test_binder_installs_the_same_but_what_it_brings_itself():
+    entries = conda_list("binder/environment.yml")
+    assert set(entries[2:]) == as_conda(PYPROJECT["dependencies"]) | {"pip"}
+    # One exact Python, and the small BLAS: tests/test_binder.py says why.
+    assert re.fullmatch(r"python=3\.1[1-3]", entries[0])
+    assert entries[1] == "libblas=*=*openblas"
+
+
+def test_torch_is_pinned_in_the_constraints_only():
+    assert [d for d in PYPROJECT["dependencies"] if d.startswith("torch")] == ["torch>=2.10"]
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+
+
+def test_every_direct_dependency_is_pinned_in_the_constraints():
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    }
+    extras = PYPROJECT["optional-dependencies"]
+    for requirement in PYPROJECT["dependencies"] + extras["lab"] + extras["site"] + extras["test"]:
+        assert re.match(r"[\w-]+", requirement)[0].lower() in pinned
+
+
+def test_readme_links_lead_to_files():
+    text = (ROOT / "README.md").read_text("utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_readme_names_tests_that_exist():
+    text = (ROOT / "README.md").read_text("utf-8")
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    names = re.findall(r"`(?:test_\w+\.py::)?(Test\w+|test_\w+)`", text)
+    assert len(names) >= 10
+    for name in names:
+        assert re.search(rf"(class|def) {name}\b", tests), name
+
+
+def test_readme_counts_the_exercises():
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    real_bugs = sum(bool(exercise.origin) for exercise in all_exercises())
+    assert f"**Exercises**, {len(all_exercises())} of them" in text
+    assert f"{real_bugs} are real bugs of published code" in text
+
+
+def test_readme_names_every_lesson():
+    text = (ROOT / "README.md").read_text("utf-8")
+    for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
+        assert f"(notebooks/{path.name})" in text
+
+
+class TestWorkflows:
+    """What GitHub runs covers what pyproject.toml promises."""
+
+    @staticmethod
+    def read(name):
+        return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text("utf-8"))
+
+    def test_systems_pythons_and_the_oldest_and_newest_pytorch(self):
+        matrix = self.read("tests.yml")["jobs"]["systems"]["strategy"]["matrix"]
+        assert matrix["system"] == ["ubuntu-latest", "macos-latest", "windows-latest"]
+        oldest = PYPROJECT["requires-python"].removeprefix(">=")
+        assert matrix["python"] == [oldest, "3.12", "3.13"]
+        (torch,) = (d for d in PYPROJECT["dependencies"] if d.startswith("torch"))
+        newest = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text("utf-8"), re.M)[1]
+        assert matrix["torch"] == [torch.removeprefix("torch>=") + ".0", newest]
+
+    def test_everything_is_what_the_readme_says(self):
+        steps = self.read("tests.yml")["jobs"]["everything"]["steps"]
+        assert steps[-1]["run"] == "make test"
+
+    def test_the_site_is_published_from_what_make_site_builds(self):
+        job = self.read("site.yml")["jobs"]["publish"]
+        assert "make site" in [step.get("run") for step in job["steps"]]
+        assert {"path": "build/site"} in [step.get("with") for step in job["steps"]]
+
+    def test_every_workflow_says_what_it_may_do(self):
+        for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+            assert self.read(path.name)["permissions"]["contents"] == "read"
+
+
+def test_readme_tells_windows_users_what_to_type():
+    """Without make: the packages and the command that `make lab` uses."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert 'python -m pip install -c constraints.txt -e ".[lab]"' in text
+    assert '-c constraints.txt -e ".[lab]"' in makefile
+    assert re.search(r"^moe-edu lab$", text, re.M)

@@ -1,0 +1,53 @@
+"""The JupyterLab of `moe-edu lab`: sockets that do not wait, in a server without PyTorch."""
+
+import json
+import re
+import subprocess
+import sys
+from unittest.mock import create_autospec
+
+import pytest
+from click.testing import CliRunner
+from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
+from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
+
+from moe_edu import cli
+from moe_edu.system.lab import lab_command
+from moe_edu.system.prompt_lab import PromptConnection
+
+
+def test_a_connection_waits_for_no_acknowledgement(monkeypatch):
+    steps = []
+    monkeypatch.setattr(ZMQChannelsWebsocketConnection, "connect", lambda self: steps.append("connected"))
+    handler = create_autospec(KernelWebsocketHandler, instance=True)
+    handler.set_nodelay.side_effect = lambda value: steps.append(("nodelay", value))
+    PromptConnection(websocket_handler=handler).connect()
+    assert steps == [("nodelay", True), "connected"]
+
+
+def run(*arguments):
+    return subprocess.run(arguments, capture_output=True, text=True, check=True)
+
+
+def test_the_server_takes_it():
+    shown = json.loads(run(*lab_command(), "--show-config-json").stdout)
+    assert shown["ServerApp"]["kernel_websocket_connection_class"] == "__main__.PromptConnection"
+
+
+def test_the_server_has_no_pytorch_in_it():
+    python, file = lab_command()
+    imported = run(python, "-X", "importtime", file, "--version").stderr
+    assert "jupyterlab.labapp" in imported
+    assert not re.search(r"\| +(moe_edu|torch)\b", imported)
+
+
+@pytest.mark.parametrize("options", [(), ("--port", "9999", "--no-browser")])
+def test_the_command_starts_it_on_the_first_lesson(monkeypatch, options):
+    started = []
+    monkeypatch.setattr(subprocess, "call", lambda command: started.append(command) or 0)
+    assert CliRunner().invoke(cli.main, ["lab", *options]).exit_code == 0
+    (command,) = started
+    assert command[:2] == lab_command()
+    assert command[0] == sys.executable
+    assert "--LabApp.default_url=/lab/tree/00_start_here.ipynb" in command
+    assert ("--port=9999" in command) == ("--no-browser" in command) == bool(options)
