@@ -30,6 +30,8 @@ lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/oxlint --quiet moe_edu/explorers/static docs/static
+	$(BIN)/clang-format --dry-run -Werror moe_edu/kernels/csrc/*
 
 # Runs every notebook from top to bottom and saves it with its outputs, without widget state.
 notebooks: $(TEST_STAMP)

@@ -39,7 +39,7 @@ function scriptsOf(expert, shares, scripts) {
 const short = (name) => name.replace(/ \(.*/, "").replace("Modern Standard ", "").replace("Western ", "");
 
 function draw(view, state, act, spec) {
-  const { names, scripts } = spec.data[state.model];
+  const { names } = spec.data[state.model];
   const experts = view.shares[0].length;
   const [left, top, height] = [112, 46, 22];
   const width = 416 / experts;

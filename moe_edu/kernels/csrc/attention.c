@@ -72,10 +72,10 @@ void attention(
   for (index b = 0; b < B; b++)
     for (index h = 0; h < H; h++)
       for (index l = 0; l < L; l++)
-        FOR_THIS_PROCESSOR(attend)
-        (query + b * query_at->sentence + h * query_at->head + l * query_at->token,
-         key + b * key_at->sentence + h * key_at->head, key_at->token,
-         value + b * value_at->sentence + h * value_at->head, value_at->token,
-         bias ? bias + b * bias_at->sentence + h * bias_at->head + l * bias_at->token : NULL,
-         out + b * out_at->sentence + h * out_at->head + l * out_at->token, S, D);
+        FOR_THIS_PROCESSOR(
+            attend, query + b * query_at->sentence + h * query_at->head + l * query_at->token,
+            key + b * key_at->sentence + h * key_at->head, key_at->token,
+            value + b * value_at->sentence + h * value_at->head, value_at->token,
+            bias ? bias + b * bias_at->sentence + h * bias_at->head + l * bias_at->token : NULL,
+            out + b * out_at->sentence + h * out_at->head + l * out_at->token, S, D);
 }

@@ -75,8 +75,9 @@ void grouped_gemm_linear(
       for (index m = 0; m < most; m += ROWS) {
         const index start = first[e] + m, rows = MIN(ROWS, first[e + 1] - start);
         if (rows > 0)
-          FOR_THIS_PROCESSOR(linear)
-          (x + start * K, w + e * N * K, bias ? bias + e * N : NULL, y + start * N, rows, n, MIN(n + COLUMNS, N), N, K);
+          FOR_THIS_PROCESSOR(
+              linear, x + start * K, w + e * N * K, bias ? bias + e * N : NULL, y + start * N, rows, n,
+              MIN(n + COLUMNS, N), N, K);
       }
 }
 
@@ -91,8 +92,8 @@ void grouped_gemm_grad_input(
       for (index m = 0; m < most; m += ROWS) {
         const index start = first[e] + m, rows = MIN(ROWS, first[e + 1] - start);
         if (rows > 0)
-          FOR_THIS_PROCESSOR(grad_input)
-          (grad_y + start * N, w + e * N * K, grad_x + start * K, rows, k, MIN(k + COLUMNS, K), N, K);
+          FOR_THIS_PROCESSOR(
+              grad_input, grad_y + start * N, w + e * N * K, grad_x + start * K, rows, k, MIN(k + COLUMNS, K), N, K);
       }
 }
 
@@ -106,7 +107,7 @@ void grouped_gemm_grad_weight(
   for (index e = 0; e < experts; e++)
     for (index n = 0; n < N; n += COLUMNS)
       for (index k = 0; k < K; k += columns)
-        FOR_THIS_PROCESSOR(grad_weight)
-        (grad_y + first[e] * N, x + first[e] * K + k, grad_w + e * N * K + k, first[e + 1] - first[e], n,
-         MIN(n + COLUMNS, N), MIN(columns, K - k), N, K);
+        FOR_THIS_PROCESSOR(
+            grad_weight, grad_y + first[e] * N, x + first[e] * K + k, grad_w + e * N * K + k, first[e + 1] - first[e],
+            n, MIN(n + COLUMNS, N), MIN(columns, K - k), N, K);
 }

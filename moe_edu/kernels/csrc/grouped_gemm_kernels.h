@@ -69,9 +69,19 @@ TARGET static void NAMED(tile)(
     else NAMED(multiply)(a, panel, depth, next, n, 0, fresh, out, out_row); \
     break;
   switch (rows) {
-    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+    CASE(1)
+    CASE(2)
+    CASE(3)
+    CASE(4)
+    CASE(5)
+    CASE(6)
 #if TILE > 6
-    CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+    CASE(7)
+    CASE(8)
+    CASE(9)
+    CASE(10)
+    CASE(11)
+    CASE(12)
 #endif
   }
 #undef CASE
@@ -122,8 +132,7 @@ INLINE TARGET void NAMED(tile_within)(
   float sums[TILE * PANEL];
   NAMED(tile)(a, panel, depth, next, rows, columns <= LANES, 1, sums, PANEL);
   for (index r = 0; r < rows; r++)
-    for (index c = 0; c < columns; c++)
-      out[r * out_row + c] = sums[r * PANEL + c] + (fresh ? 0 : out[r * out_row + c]);
+    for (index c = 0; c < columns; c++) out[r * out_row + c] = sums[r * PANEL + c] + (fresh ? 0 : out[r * out_row + c]);
 }
 
 // y[m][n] = bias[n] + sum over k of x[m][k] * w[n][k], for `rows` m and the n of `from` to `to`.

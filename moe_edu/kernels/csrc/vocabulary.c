@@ -69,8 +69,8 @@ VERSIONS(VERSION)
 // log_probs[m], tokens[m] `[count]`: the largest of log_softmax(hidden[m] weight^T) and where they stand, largest first;
 // of equals, the first. Shapes, all contiguous: hidden `[rows, K]`, weight `[V, K]`; count is at most V.
 void most_probable(
-    const float *hidden, const float *weight, float *log_probs, index *tokens, index rows, index V, index K, index count,
-    int threads) {
+    const float *hidden, const float *weight, float *log_probs, index *tokens, index rows, index V, index K,
+    index count, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (index m = 0; m < rows; m += ROWS) {
     const index height = MIN(ROWS, rows - m), own[] = {0, height};
@@ -82,7 +82,7 @@ void most_probable(
       const index columns = MIN(COLUMNS, V - n);
       grouped_gemm_linear(hidden + m * K, weight + n * K, NULL, logits, own, 1, columns, K, 1);
       for (index r = 0; r < height; r++)
-        FOR_THIS_PROCESSOR(add_block)(states + r, count, logits + r * columns, columns, n);
+        FOR_THIS_PROCESSOR(add_block, states + r, count, logits + r * columns, columns, n);
     }
     for (index r = 0; r < height; r++) {
       const float log_sum = logf(states[r].sum);
