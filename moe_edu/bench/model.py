@@ -108,7 +108,7 @@ def make_reference(model: MoETranslator) -> nn.Module:
 def _compare_generation(
     model: MoETranslator,
     source: Batch,
-    options: dict[str, int],
+    options: dict[str, Any],
     workers: WorkerPool | None,
     threads: int,
     repeats: int,

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 
 from moe_edu.config import MoEConfig
 
-if TYPE_CHECKING:
-    from moe_edu.model.translator import MoETranslator
-
 _EXPERT_TENSORS = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
 _PREFIX = "model."
 _OUTPUT_LAYER = "lm_head.weight"
+# One embedding, under the names of its four places in a whole model; files need the first alone.
+_TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", _OUTPUT_LAYER)
 # Rebuilt from the configuration, and found in checkpoints of old releases only.
 _POSITION_TABLE = "embed_positions.weights"
 
@@ -96,20 +94,14 @@ def _canonical_names(state_dict: Mapping[str, Tensor], whole_model: bool) -> dic
         for name, tensor in state_dict.items()
         if not name.endswith(_POSITION_TABLE)
     }
-    tied_names = (
-        "shared.weight",
-        "encoder.embed_tokens.weight",
-        "decoder.embed_tokens.weight",
-        _OUTPUT_LAYER,
-    )
-    tied = [name for name in tied_names if name in given]
+    tied = [name for name in _TIED if name in given]
     for name in tied[1:]:
         if given[name].data_ptr() != given[tied[0]].data_ptr() and not torch.equal(
             given[name], given[tied[0]]
         ):
             raise CheckpointError(f"{tied[0]} and {name} differ, but this model ties them")
     if tied:
-        given.update(dict.fromkeys(tied_names[:3], given[tied[0]]))
+        given.update(dict.fromkeys(_TIED[:3], given[tied[0]]))
         given.pop(_OUTPUT_LAYER, None)
     if whole_model:
         return given
@@ -119,23 +111,30 @@ def _canonical_names(state_dict: Mapping[str, Tensor], whole_model: bool) -> dic
     return inside or given
 
 
-def save_checkpoint(model: MoETranslator, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_checkpoint(
+    model: nn.Module, config: MoEConfig, directory: str | Path, dtype: torch.dtype | None = None
+) -> None:
     """Write `config.json` and `model.safetensors` (Hugging Face names, the tied embedding once).
 
     Args:
+        model: a translator, or an encoder alone.
+        config: the one that `model` was built from.
+        directory: made where it does not exist.
         dtype: store floating tensors as this dtype; None keeps the model's.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    named = hf_state_dict(model)
+    whole_model = _OUTPUT_LAYER in named
     tensors = {
-        _PREFIX + name: tensor.to("cpu", dtype).contiguous()
-        for name, tensor in hf_tensors(model).items()
-        if not name.endswith("embed_tokens.weight")
+        name: tensor.to("cpu", dtype).contiguous()
+        for name, tensor in named.items()
+        if not whole_model or name.removeprefix(_PREFIX) not in _TIED[1:]
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": "nllb-moe", "architectures": ["NllbMoeForConditionalGeneration"]}
-    config |= asdict(model.config)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    architecture = "NllbMoeForConditionalGeneration" if whole_model else "NllbMoeEncoder"
+    values = {"model_type": "nllb-moe", "architectures": [architecture], **asdict(config)}
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_checkpoint(directory: str | Path) -> tuple[MoEConfig, dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """The decoder: causal self-attention, cross-attention to the encoded source, and layers of which some have experts.
 
-Shapes: B batch, S source length, L target length, D model width, H heads.
+Shapes: B batch, S source length, L target length, D model width, H heads, V vocabulary.
 Source: NLLB Team 2022, section 6; the computation is that of `transformers` 4.x `NllbMoeDecoder`.
 """
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_edu.config import MoEConfig
+from moe_edu.kernels.vocabulary import MostProbable, most_probable
 from moe_edu.model.embedding import PositionTable, embed
 from moe_edu.model.layers import (
     DecoderLayer,
@@ -36,7 +37,10 @@ class DecoderOutput(NamedTuple):
 
 
 class MoEDecoder(nn.Module):
-    """The decoder: causal self-attention, cross-attention, and every `decoder_sparse_step`-th layer with experts."""
+    """The decoder: causal self-attention, cross-attention, and every `decoder_sparse_step`-th layer with experts.
+
+    Its embedding is its output layer, too: `logits` and `most_probable` make the next token from a hidden state.
+    """
 
     def __init__(self, config: MoEConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__()
@@ -113,3 +117,11 @@ class MoEDecoder(nn.Module):
             tuple(routing),
             tuple(new_cache) if use_cache else None,
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The last hidden states `[..., D]` to logits `[..., V]`."""
+        return F.linear(hidden, self.embed_tokens.weight)
+
+    def most_probable(self, hidden: Tensor, k: int) -> MostProbable:
+        """The k most probable next tokens after each of the last hidden states `[N, D]`, without a gradient."""
+        return most_probable(hidden, self.embed_tokens.weight, k)

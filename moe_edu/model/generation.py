@@ -8,18 +8,15 @@ are one until they differ.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_edu.kernels.vocabulary import most_probable
+from moe_edu.config import MoEConfig
+from moe_edu.model.decoder import MoEDecoder
+from moe_edu.model.encoder import MoEEncoder
 from moe_edu.model.layers import KeyValue, LayerCache
-
-if TYPE_CHECKING:
-    from moe_edu.config import MoEConfig
-    from moe_edu.model.encoder import EncoderOutput
-    from moe_edu.model.translator import MoETranslator
 
 # Stands for "impossible" in beam scores; finite, so that adding to it never gives NaN.
 _IMPOSSIBLE = -1.0e9
@@ -29,7 +26,8 @@ Cache = tuple[LayerCache, ...]
 
 @torch.no_grad()
 def generate(
-    model: MoETranslator,
+    encoder: MoEEncoder,
+    decoder: MoEDecoder,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -42,7 +40,8 @@ def generate(
     """Translate a batch.
 
     Args:
-        model: in eval mode.
+        encoder: in eval mode.
+        decoder: in eval mode, and of the same configuration.
         input_ids: `[B, S]` source ids.
         attention_mask: `[B, S]`, 1 for words.
         forced_bos_token_id: first generated token, in NLLB the tag of the target language.
@@ -57,9 +56,9 @@ def generate(
     Raises:
         ValueError: the model is in training mode, or an option is out of range.
     """
-    if model.training:
+    if encoder.training or decoder.training:
         raise ValueError("generate() needs model.eval(): dropout would disturb the search")
-    config = model.config
+    config = decoder.config
     if num_beams < 1 or max_new_tokens < 1:
         raise ValueError(
             f"num_beams and max_new_tokens must be at least 1; got {num_beams}, {max_new_tokens}"
@@ -71,32 +70,27 @@ def generate(
     prompt = torch.tensor(given, device=input_ids.device).repeat(len(input_ids), 1)
     if len(given) > max_new_tokens or forced_bos_token_id == config.eos_token_id:
         return prompt  # nothing is left to choose
-    sources = _Sources(model.encoder(input_ids, attention_mask), attention_mask)
+    sources = _Sources(encoder(input_ids, attention_mask).last_hidden_state, attention_mask)
     if num_beams == 1:
-        return _greedy(model, sources, prompt, max_new_tokens)
-    return _beam_search(model, sources, prompt, num_beams, max_new_tokens, length_penalty, early_stopping)
+        return _greedy(decoder, sources, prompt, max_new_tokens)
+    return _beam_search(decoder, sources, prompt, num_beams, max_new_tokens, length_penalty, early_stopping)
 
 
 class _Sources(NamedTuple):
-    """The encoded sentences that are still being translated, and their mask."""
+    """The encoded sentences that are still being translated, `[B, S, D]`, and their mask `[B, S]`."""
 
-    encoded: EncoderOutput
+    hidden: Tensor
     mask: Tensor | None
 
     def take(self, rows: Tensor) -> _Sources:
-        hidden = self.encoded.last_hidden_state[rows]
-        return _Sources(
-            self.encoded._replace(last_hidden_state=hidden), None if self.mask is None else self.mask[rows]
-        )
+        return _Sources(self.hidden[rows], None if self.mask is None else self.mask[rows])
 
 
 def _decode(
-    model: MoETranslator, sources: _Sources, tokens: Tensor, cache: Cache | None
+    decoder: MoEDecoder, sources: _Sources, tokens: Tensor, cache: Cache | None
 ) -> tuple[Tensor, Cache]:
-    """The tokens behind those cached `[B * R, L]` to the last one's hidden states `[B * R, D]` and the next cache."""
-    output = model.decoder(
-        tokens, sources.encoded.last_hidden_state, sources.mask, cache=cache, use_cache=True
-    )
+    """The tokens after those cached `[B * R, L]` to the last one's hidden states `[B * R, D]` and the next cache."""
+    output = decoder(tokens, sources.hidden, sources.mask, cache=cache, use_cache=True)
     assert output.cache is not None
     return output.last_hidden_state[:, -1], output.cache
 
@@ -107,8 +101,8 @@ def _are_independent(config: MoEConfig) -> bool:
     return not sparse or config.moe_eval_capacity_token_fraction >= 1
 
 
-def _greedy(model: MoETranslator, sources: _Sources, prompt: Tensor, max_new_tokens: int) -> Tensor:
-    config = model.config
+def _greedy(decoder: MoEDecoder, sources: _Sources, prompt: Tensor, max_new_tokens: int) -> Tensor:
+    config = decoder.config
     (B, length), device = prompt.shape, prompt.device
     tokens = torch.full((B, 1 + max_new_tokens), config.pad_token_id, device=device)
     tokens[:, :length] = prompt
@@ -116,8 +110,8 @@ def _greedy(model: MoETranslator, sources: _Sources, prompt: Tensor, max_new_tok
     going = torch.arange(B, device=device)  # the rows of `tokens` that are in the batch
     cache, last = None, prompt
     while length <= max_new_tokens and not finished.all():
-        hidden, cache = _decode(model, sources, last, cache)
-        token = model.vocabulary_logits(hidden).argmax(-1).masked_fill(finished[going], config.pad_token_id)
+        hidden, cache = _decode(decoder, sources, last, cache)
+        token = decoder.logits(hidden).argmax(-1).masked_fill(finished[going], config.pad_token_id)
         tokens[going, length] = token
         finished[going] |= token == config.eos_token_id
         stay = (~finished[going]).nonzero()[:, 0]
@@ -173,7 +167,7 @@ class _Beams(NamedTuple):
 
 
 def _beam_search(
-    model: MoETranslator,
+    decoder: MoEDecoder,
     sources: _Sources,
     prompt: Tensor,
     W: int,
@@ -181,7 +175,7 @@ def _beam_search(
     length_penalty: float,
     early_stopping: bool,
 ) -> Tensor:
-    config = model.config
+    config = decoder.config
     (B, P), device = prompt.shape, prompt.device
     beams = _Beams.start(prompt, W, max_new_tokens, config.pad_token_id)
     best = beams.done[:, 0].clone()
@@ -190,8 +184,8 @@ def _beam_search(
     cache, last = None, prompt
     for length in range(P, max_new_tokens + 1):
         R = beams.running.shape[1]
-        hidden, cache = _decode(model, sources, last, cache)
-        candidates = _best_candidates(model, hidden, beams.running_scores, 2 * W)
+        hidden, cache = _decode(decoder, sources, last, cache)
+        candidates = _best_candidates(decoder, hidden, beams.running_scores, 2 * W)
         beams, parents = _extend(
             beams, candidates, length, length_penalty, early_stopping, config.eos_token_id
         )
@@ -226,11 +220,11 @@ class _Candidates(NamedTuple):
     token: Tensor
 
 
-def _best_candidates(model: MoETranslator, hidden: Tensor, running_scores: Tensor, count: int) -> _Candidates:
+def _best_candidates(decoder: MoEDecoder, hidden: Tensor, running_scores: Tensor, count: int) -> _Candidates:
     """From the last hidden states `[B * R, D]` and the scores `[B, R]`; C is `count`, or R * V where that is less."""
-    (B, R), V = running_scores.shape, model.config.vocab_size
+    (B, R), V = running_scores.shape, decoder.config.vocab_size
     # What is not among its own hypothesis' best is not among the sentence's.
-    log_probs, tokens = most_probable(hidden, model.shared.weight, min(count, V))
+    log_probs, tokens = decoder.most_probable(hidden, min(count, V))
     scores = (log_probs.view(B, R, -1) + running_scores[:, :, None]).flatten(1)
     scores, index = scores.topk(min(count, R * V))
     return _Candidates(scores, index // log_probs.shape[1], tokens.view(B, -1).gather(1, index))

@@ -113,7 +113,7 @@ class TextTranslator:
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the checkpoint and `tokenizer.json`; `dtype` as in `save_checkpoint`."""
-        save_checkpoint(self.model, directory, dtype)
+        save_checkpoint(self.model, self.model.config, directory, dtype)
         self.tokenizer.save(Path(directory) / TOKENIZER_FILE)
 
     def _check_language(self, code: str) -> None:

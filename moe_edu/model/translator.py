@@ -7,10 +7,9 @@ Source: NLLB Team 2022, section 6; the computation is that of `transformers` 4.x
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moe_edu.config import MoEConfig
 from moe_edu.model.checkpoint import hf_state_dict, load_hf_state_dict
@@ -91,15 +90,34 @@ class MoETranslator(nn.Module):
             output_attentions,
             output_hidden_states,
         )
-        return TranslatorOutput(self.vocabulary_logits(decoded.last_hidden_state), encoder_output, decoded)
+        return TranslatorOutput(self.decoder.logits(decoded.last_hidden_state), encoder_output, decoded)
 
-    def vocabulary_logits(self, hidden: Tensor) -> Tensor:
-        """The decoder's hidden states `[..., D]` to logits `[..., V]`, with the embedding as output layer."""
-        return F.linear(hidden, self.shared.weight)
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        forced_bos_token_id: int | None = None,
+        num_beams: int = 1,
+        max_new_tokens: int = 128,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+    ) -> Tensor:
+        """Translate `input_ids [B, S]` by greedy or beam search, in eval mode.
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Translate by greedy or beam search; see `moe_edu.model.generation.generate` for the options."""
-        return generate(self, input_ids, attention_mask, **options)
+        Arguments, result `[B, L]` and errors are those of `moe_edu.model.generation.generate`.
+        """
+        return generate(
+            self.encoder,
+            self.decoder,
+            input_ids,
+            attention_mask,
+            forced_bos_token_id=forced_bos_token_id,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
 
     def load_hf_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy in the state dict of `NllbMoeForConditionalGeneration` or `NllbMoeModel`."""

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration, NllbMoeModel
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeEncoder
 
 from moe_edu.config import MoEConfig
 from moe_edu.model.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
@@ -145,7 +146,7 @@ class TestFiles:
         return MoETranslator(CONFIG)
 
     def test_round_trip(self, model, tmp_path):
-        save_checkpoint(model, tmp_path / "new" / "folder")
+        save_checkpoint(model, CONFIG, tmp_path / "new" / "folder")
         config, tensors = read_checkpoint(tmp_path / "new" / "folder")
         assert config == model.config
         other = MoETranslator(config)
@@ -153,8 +154,8 @@ class TestFiles:
         assert_equal_tensors(other.state_dict(), model.state_dict())
 
     def test_the_embedding_is_stored_once_and_halves_take_half(self, model, tmp_path):
-        save_checkpoint(model, tmp_path / "full")
-        save_checkpoint(model, tmp_path / "half", dtype=torch.bfloat16)
+        save_checkpoint(model, CONFIG, tmp_path / "full")
+        save_checkpoint(model, CONFIG, tmp_path / "half", dtype=torch.bfloat16)
         _, tensors = read_checkpoint(tmp_path / "full")
         assert sum(tensor.numel() for tensor in tensors.values()) == sum(
             p.numel() for p in model.parameters()
@@ -164,15 +165,27 @@ class TestFiles:
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
     def test_transformers_reads_it(self, model, tmp_path):
-        save_checkpoint(model, tmp_path)
+        save_checkpoint(model, CONFIG, tmp_path)
         reference, info = NllbMoeForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         assert_equal_tensors(model.hf_state_dict(), reference.state_dict())
 
+    def test_an_encoder_alone_comes_back_with_its_embedding(self, model, tmp_path):
+        """Its names are `NllbMoeEncoder`'s, so `transformers` reads it, too."""
+        save_checkpoint(model.encoder, CONFIG, tmp_path)
+        config, tensors = read_checkpoint(tmp_path)
+        other = MoEEncoder(config)
+        other.load_hf_state_dict(tensors)
+        assert_equal_tensors(other.state_dict(), model.encoder.state_dict())
+        reference, info = NllbMoeEncoder.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert_equal_tensors(other.hf_state_dict(), reference.state_dict())
+
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
     def test_missing_file(self, model, tmp_path, name):
-        save_checkpoint(model, tmp_path)
+        save_checkpoint(model, CONFIG, tmp_path)
         (tmp_path / name).unlink()
         with pytest.raises(CheckpointError, match=str(tmp_path)):
             read_checkpoint(tmp_path)
@@ -183,7 +196,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, -1])
     def test_truncated_weights(self, model, tmp_path, keep):
-        save_checkpoint(model, tmp_path)
+        save_checkpoint(model, CONFIG, tmp_path)
         path = tmp_path / "model.safetensors"
         path.write_bytes(path.read_bytes()[:keep])
         with pytest.raises(CheckpointError, match="cannot be read"):
@@ -193,7 +206,7 @@ class TestFiles:
         "damage", [lambda b: b"\xff" * 8 + b[8:], lambda b: b[:8] + b"x" + b[9:], lambda b: b + b"more"]
     )
     def test_damaged_weights(self, model, tmp_path, damage):
-        save_checkpoint(model, tmp_path)
+        save_checkpoint(model, CONFIG, tmp_path)
         path = tmp_path / "model.safetensors"
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(CheckpointError, match="cannot be read"):
@@ -203,13 +216,13 @@ class TestFiles:
         "text", ["", "{", "[]", '{"d_model": "wide"}', '{"d_model": -1}', '{"model_type": "bart"}']
     )
     def test_damaged_configuration(self, model, tmp_path, text):
-        save_checkpoint(model, tmp_path)
+        save_checkpoint(model, CONFIG, tmp_path)
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match="cannot be read"):
             read_checkpoint(tmp_path)
 
     def test_a_pickle_is_never_loaded(self, model, tmp_path):
-        save_checkpoint(model, tmp_path)
+        save_checkpoint(model, CONFIG, tmp_path)
         proof = tmp_path / "executed"
 
         class Payload:
@@ -227,6 +240,6 @@ class TestFiles:
         assert not proof.exists()
 
     def test_configuration_is_hugging_faces(self, model, tmp_path):
-        save_checkpoint(model, tmp_path)
+        save_checkpoint(model, CONFIG, tmp_path)
         values = json.loads((tmp_path / "config.json").read_text())
         assert NllbMoeConfig(**values).num_experts == CONFIG.num_experts
