@@ -21,7 +21,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "float": (Real,),
     "bool": (bool,),
 }
-# No file has to hold the table of positions, so that nothing else would bound what a stranger's file asks for.
+# The table of positions is computed, not read: without a limit, a stranger's config.json could ask for any amount
+# of memory.
 _MOST_POSITIONS = 2**17
 
 
@@ -29,9 +30,13 @@ _MOST_POSITIONS = 2**17
 class MoEConfig:
     """The shape and behaviour of the encoder and the translator.
 
-    Fields carry Hugging Face's `NllbMoeConfig` names, so its `config.json` loads as it is. The defaults are those
-    that trained the released 54B model (NLLB Team 2022, section 6.2 and appendix F.2), which differ from
-    `NllbMoeConfig`'s own in `expert_capacity` (None: `2 * ceil(T / E)`) and `router_aux_loss_coef` (0.01).
+    Fields carry Hugging Face's `NllbMoeConfig` names, so its `config.json` loads as it is. The defaults are that
+    class's, too, except two that follow what trained the released 54B model (NLLB Team 2022, section 6.2 and
+    appendix F.2): `expert_capacity` (None: `2 * ceil(T / E)`) and `router_aux_loss_coef` (0.01).
+
+    The defaults of the router and the experts, from `num_experts` to `router_aux_loss_coef`, and the sparse steps are
+    those of the released model. Its other numbers are not: it has `d_model` 2048, 24 layers on each side and a
+    `vocab_size` of 256,206, and was trained with `dropout` 0.3 and without LayerDrop. `from_hf` reads what it has.
 
     Fields that Hugging Face does not have:
         expert_capacity_factor: scales the training capacity `2 * ceil(T / E)`; 1.0 is the published setting.
@@ -43,7 +48,8 @@ class MoEConfig:
         gradient_checkpointing: recompute each layer in backward instead of keeping its activations.
 
     Raises:
-        ValueError: a field of another type or out of its range; the message names the field and the mend.
+        ValueError: a field of another type or out of its range; the message names the field and its rule. Whether
+            heads divide `d_model` is checked where an attention is built, so that a router needs no heads.
     """
 
     vocab_size: int = 128112
@@ -104,15 +110,13 @@ class MoEConfig:
             "max_position_embeddings",
             f"be at most {_MOST_POSITIONS:,}",
         )
-        for name in ("vocab_size", "max_position_embeddings", "d_model", "num_experts"):
+        sizes = ("vocab_size", "max_position_embeddings", "d_model", "num_experts")
+        widths = ("encoder_ffn_dim", "decoder_ffn_dim")
+        heads = ("encoder_attention_heads", "decoder_attention_heads")
+        for name in (*sizes, *widths, *heads):
             self._require(getattr(self, name) >= 1, name, "be at least 1")
         for name in ("encoder_layers", "decoder_layers"):
             self._require(getattr(self, name) >= 0, name, "be at least 0")
-        for name in ("encoder_ffn_dim", "decoder_ffn_dim"):
-            self._require(getattr(self, name) >= 1, name, "be at least 1")
-        for name in ("encoder_attention_heads", "decoder_attention_heads"):
-            heads = getattr(self, name)
-            self._require(heads >= 1 and self.d_model % heads == 0, name, f"divide d_model={self.d_model}")
         for name in ("dropout", "attention_dropout", "activation_dropout", "moe_token_dropout"):
             self._require(0 <= getattr(self, name) < 1, name, "lie in [0, 1)")
         for name in ("encoder_layerdrop", "decoder_layerdrop"):
@@ -178,7 +182,7 @@ def _read_config_file(path: Path) -> Mapping[str, Any]:
             f"no configuration at {path}: pass a config.json or the directory that holds it"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark, or without one
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):

@@ -4,12 +4,14 @@ import json
 from dataclasses import FrozenInstanceError, asdict
 
 import pytest
+import torch
 from transformers import NllbMoeConfig
 
+from moe_edu import MoEEncoder, MoETranslator, SparseMLP
 from moe_edu.config import MoEConfig
 
 
-def test_defaults_are_those_of_the_released_model():
+def test_router_defaults_are_those_of_the_released_model():
     config = MoEConfig()
     assert (config.num_experts, config.encoder_sparse_step, config.decoder_sparse_step) == (128, 4, 4)
     assert config.second_expert_policy == "all"
@@ -20,6 +22,34 @@ def test_defaults_are_those_of_the_released_model():
     assert config.moe_token_dropout == 0.2
     assert config.router_aux_loss_coef == 0.01
     assert config.expert_capacity is None
+
+
+def test_all_defaults_but_two_are_hugging_faces():
+    reference = NllbMoeConfig()
+    ours = {name: value for name, value in asdict(MoEConfig()).items() if hasattr(reference, name)}
+    assert {name for name, value in ours.items() if value != getattr(reference, name)} == {
+        "expert_capacity",
+        "router_aux_loss_coef",
+    }
+
+
+def test_a_part_needs_no_heads_that_it_does_not_use():
+    config = MoEConfig(
+        d_model=24,
+        encoder_attention_heads=4,
+        vocab_size=9,
+        encoder_layers=1,
+        encoder_ffn_dim=8,
+        num_experts=2,
+    )
+    assert 24 % config.decoder_attention_heads != 0
+    hidden = torch.randn(1, 3, 24)
+    assert SparseMLP(config)(hidden)[0].shape == hidden.shape
+    assert MoEEncoder(config)(torch.tensor([[3, 4, 5]])).last_hidden_state.shape == hidden.shape
+    with pytest.raises(
+        ValueError, match=r"MoEConfig\.decoder_attention_heads must divide d_model=24; got 16"
+    ):
+        MoETranslator(config)
 
 
 def test_is_immutable():
@@ -38,7 +68,7 @@ def test_is_immutable():
         ("decoder_layers", -1),
         ("encoder_ffn_dim", 0),
         ("decoder_ffn_dim", 0),
-        ("encoder_attention_heads", 3),
+        ("encoder_attention_heads", 0),
         ("decoder_attention_heads", 0),
         ("dropout", 1.0),
         ("attention_dropout", -0.1),
@@ -98,6 +128,13 @@ def test_reads_a_dictionary_a_file_and_a_directory(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
     assert MoEConfig.from_hf(values) == MoEConfig.from_hf(path) == MoEConfig.from_hf(str(tmp_path))
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"num_experts": 3}', encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert MoEConfig.from_hf(path).num_experts == 3
 
 
 def test_missing_configuration_says_where_it_looked(tmp_path):

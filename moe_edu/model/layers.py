@@ -6,6 +6,7 @@ Module names are those of `transformers` 4.x (`models/nllb_moe/modeling_nllb_moe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,10 +38,24 @@ class LayerCache(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2) with biases on all four projections."""
+    """Multi-head attention (Vaswani et al. 2017, section 3.2) with biases on all four projections.
 
-    def __init__(self, config: MoEConfig, num_heads: int) -> None:
+    Args:
+        config: width and dropout.
+        num_heads: H, which divides D.
+        name: what an error calls `num_heads`.
+
+    Raises:
+        ValueError: heads that do not divide D.
+    """
+
+    def __init__(self, config: MoEConfig, num_heads: int, name: str = "num_heads") -> None:
         super().__init__()
+        if num_heads < 1 or config.d_model % num_heads:
+            raise ValueError(
+                f"{name} must divide d_model={config.d_model}; got {num_heads}: choose a divisor, "
+                f"such as {math.gcd(config.d_model, num_heads)}"
+            )
         self.num_heads = num_heads
         self.dropout = config.attention_dropout
         self.k_proj = nn.Linear(config.d_model, config.d_model)
@@ -90,7 +105,8 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: MoEConfig, sparse: bool) -> None:
         super().__init__()
-        self.self_attn = Attention(config, config.encoder_attention_heads)
+        heads, name = config.encoder_attention_heads, "MoEConfig.encoder_attention_heads"
+        self.self_attn = Attention(config, heads, name)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.attn_dropout = nn.Dropout(config.dropout)
         self.ffn = make_feed_forward(config, config.encoder_ffn_dim, sparse)
@@ -120,9 +136,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: MoEConfig, sparse: bool) -> None:
         super().__init__()
-        self.self_attn = Attention(config, config.decoder_attention_heads)
+        heads, name = config.decoder_attention_heads, "MoEConfig.decoder_attention_heads"
+        self.self_attn = Attention(config, heads, name)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.cross_attention = Attention(config, config.decoder_attention_heads)
+        self.cross_attention = Attention(config, heads, name)
         self.cross_attention_layer_norm = nn.LayerNorm(config.d_model)
         self.attn_dropout = nn.Dropout(config.dropout)
         self.ffn = make_feed_forward(config, config.decoder_ffn_dim, sparse)

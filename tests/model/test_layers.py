@@ -174,6 +174,28 @@ class TestAttention:
             attention.eval()
             assert not torch.allclose(dropped, attention(hidden, memory, output_weights=output_weights)[0])
 
+    @pytest.mark.parametrize(
+        ("build", "message"),
+        [
+            (
+                lambda config: Attention(config, 6),
+                "num_heads must divide d_model=8; got 6: choose a divisor, such as 2",
+            ),
+            (
+                lambda config: EncoderLayer(config, sparse=False),
+                r"MoEConfig\.encoder_attention_heads must divide d_model=8; got 3: choose a divisor, such as 1",
+            ),
+            (
+                lambda config: DecoderLayer(config, sparse=False),
+                r"MoEConfig\.decoder_attention_heads must divide d_model=8; got 12: choose a divisor, such as 4",
+            ),
+        ],
+    )
+    def test_heads_that_do_not_divide_the_width_are_refused(self, tiny_config, build, message):
+        config = tiny_config(encoder_attention_heads=3, decoder_attention_heads=12)
+        with pytest.raises(ValueError, match=message):
+            build(config)
+
 
 class TestHalfPrecisionOverflow:
     LIMIT = 65504.0 - 1000.0
