@@ -232,13 +232,18 @@ def train(
 @click.option(
     "--model", type=click.Path(path_type=Path), default=None, help="A folder that `moe-edu train` wrote."
 )
-@click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--beams", type=click.IntRange(1), default=4, show_default=True, help="1 is greedy search.")
+@click.option(
+    "--device", default="auto", show_default=True, help="auto takes an NVIDIA GPU where there is one."
+)
 @fail_clearly
-def translate(text: tuple[str, ...], to: str, source: str, model: Path | None, beams: int) -> None:
+def translate(
+    text: tuple[str, ...], to: str, source: str, model: Path | None, beams: int, device: str
+) -> None:
     """Translate each TEXT, or each line of the standard input."""
     from moe_edu.model.pretrained import load_pretrained
 
-    translator = load_pretrained(model)
+    translator = load_pretrained(model, device)
     if not text and not sys.stdin.isatty() and isinstance(sys.stdin, io.TextIOWrapper):
         # On Windows piped text would be read in an older code page.
         sys.stdin.reconfigure(encoding="utf-8-sig")

@@ -71,7 +71,7 @@ def run_model_bench(
     model = MoETranslator(small_config(vocab_size=len(tokenizer), expert_capacity_factor=1.0))
 
     # A trained model, which ends its sentences.
-    shipped = load_pretrained()
+    shipped = load_pretrained(device="cpu")
     pairs = sample_examples(load_corpus(), "valid", [TARGET], sentences, settings.seed)
     (source,) = eval_batches(pairs, shipped.tokenizer, batch_tokens=10**9)
     stream = PairBatches(corpus, tokenizer, batch_tokens=settings.batch_tokens, seed=settings.seed).stream()

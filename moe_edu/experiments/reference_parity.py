@@ -62,7 +62,7 @@ def make_case(translator: TextTranslator) -> Case:
 
 def our_values() -> Values:
     """The shipped model through `moe_edu`."""
-    translator = load_pretrained()
+    translator = load_pretrained(device="cpu")
     model, case = translator.model, make_case(translator)
     output = model(case.ids, case.mask, case.decoder_ids)
     answer_loss(output.logits, case).backward()
@@ -99,7 +99,7 @@ def live_values() -> Values:
     """
     from transformers import NllbMoeForConditionalGeneration
 
-    case = make_case(load_pretrained())
+    case = make_case(load_pretrained(device="cpu"))
     reference = NllbMoeForConditionalGeneration.from_pretrained(
         SHIPPED, attn_implementation="eager", dtype=torch.float32
     ).eval()

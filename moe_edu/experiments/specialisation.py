@@ -301,7 +301,7 @@ def translator(models: tuple[Path, ...], each: int, permutations: int, out: Path
     runs: list[dict[str, Any]] = []
     for folder in (SHIPPED, *models):
         summary = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-        trained = load_pretrained(folder)
+        trained = load_pretrained(folder, device="cpu")
         runs.append(
             run_translator_seed(
                 trained,

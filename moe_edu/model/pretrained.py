@@ -16,6 +16,7 @@ from moe_edu.model.budget import stored_parameters
 from moe_edu.model.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
 from moe_edu.model.translator import MoETranslator
 from moe_edu.moe.routing import RouterOutput
+from moe_edu.system.machine import resolve_device
 
 SHIPPED = Path(__file__).parent / "weights"
 TOKENIZER_FILE = "tokenizer.json"
@@ -143,13 +144,19 @@ def pad_ids(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) 
 
 
 def load_pretrained(
-    directory: str | Path | None = None, device: str | torch.device = "cpu"
+    directory: str | Path | None = None, device: str | torch.device = "auto"
 ) -> TextTranslator:
     """The model that ships with the package, or one that `moe-edu train` wrote.
 
+    Args:
+        directory: the folder that training wrote; None for the model that ships.
+        device: "auto" takes an NVIDIA GPU where there is one.
+
     Raises:
         CheckpointError: nothing there, or damaged files; the message says what to run.
+        ValueError: not the name of a device, or a GPU where there is none.
     """
+    device = resolve_device(str(device))
     directory = SHIPPED if directory is None else Path(directory)
     config, tensors = read_checkpoint(directory)
     try:

@@ -84,7 +84,7 @@ SHOWN = {e.answer_name: e.solution for e in all_exercises() if e.key < "06" and 
 
 @pytest.fixture(scope="module")
 def translator():
-    return load_pretrained()
+    return load_pretrained(device="cpu")
 
 
 @pytest.fixture(scope="module")

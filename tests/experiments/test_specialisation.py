@@ -79,7 +79,7 @@ class TestMeasures:
 
 class TestTranslators:
     def test_the_shipped_encoder_is_routed_as_route_does(self):
-        translator = load_pretrained()
+        translator = load_pretrained(device="cpu")
         pairs = load_corpus(("fra_Latn", "eng_Latn")).sentence_pairs("test", ["fra_Latn"])[:5]
         routing = route_pairs(translator, pairs)
         assert routing.decoder is None

@@ -12,7 +12,7 @@ TEXTS = ("le chat dort", "Deutschland und Frankreich")
 
 @pytest.fixture(scope="module")
 def translator():
-    return load_pretrained()
+    return load_pretrained(device="cpu")
 
 
 def routers(translator):

@@ -10,13 +10,14 @@ import torch
 
 from moe_edu import load_pretrained
 from moe_edu.data import UnknownLanguageError
+from moe_edu.model import pretrained
 from moe_edu.model.checkpoint import CheckpointError
 from moe_edu.model.pretrained import SHIPPED, pad_ids
 
 
 @pytest.fixture(scope="module")
 def translator():
-    return load_pretrained()
+    return load_pretrained(device="cpu")
 
 
 def test_ships_in_at_most_6_mb():
@@ -38,6 +39,25 @@ def test_a_batch_gives_what_single_phrases_give(translator):
     together = translator.translate_batch(texts, to="eng_Latn", sources=sources)
     alone = [translator.translate(text, source=code) for text, code in zip(texts, sources, strict=True)]
     assert together == alone
+
+
+def test_the_device_is_auto(monkeypatch):
+    monkeypatch.setattr(pretrained, "resolve_device", {"auto": torch.device("meta")}.__getitem__)
+    assert load_pretrained().device == torch.device("meta")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda", 0)])
+def test_a_gpu_where_there_is_none(device):
+    with pytest.raises(ValueError, match="no NVIDIA GPU that this PyTorch can use: choose device cpu"):
+        load_pretrained(device=device)
+
+
+@pytest.mark.gpu
+def test_translates_on_the_gpu():
+    translator = load_pretrained()
+    assert translator.device.type == "cuda"
+    assert translator.translate("quinta-feira, 1 de agosto de 1996") == "Thursday, August 1, 1996"
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
@@ -161,6 +181,12 @@ class TestCommandLine:
         assert done.returncode == 1
         assert done.stderr.startswith("Error: unknown language 'klingon'")
         assert "Traceback" not in done.stderr
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+    def test_a_gpu_where_there_is_none(self):
+        done = self.moe_edu("translate", "--device", "cuda", "a")
+        assert done.returncode == 1
+        assert done.stderr.startswith("Error: there is no NVIDIA GPU")
 
     def test_every_model_and_training_field_is_an_option(self):
         text = self.moe_edu("train", "--help").stdout
