@@ -91,6 +91,10 @@ class Pieces:
         lines = [f"{'✓ yours' if name in given else '  ours '}  {name}" for name in OURS]
         return "\n".join([*lines, f"{len(given)} of {len(OURS)} parts are yours."])
 
+    def assemble(self, model: Model) -> Model:
+        """As the function `assemble`, with these pieces."""
+        return assemble(model, self)
+
     def collect_metrics(self, routing: Iterable[RouterOutput | None]) -> tuple[ExpertMetrics, ...]:
         """As `moe_edu.collect_metrics`, with these pieces for the two losses."""
         return tuple(self._measure(layer) for layer in routing if layer is not None)

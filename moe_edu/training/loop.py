@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,17 @@ from tqdm.auto import tqdm
 
 from moe_edu.config import MoEConfig
 from moe_edu.data import Batch, Corpus, PairBatches, SentencePair, Tokenizer
-from moe_edu.exercises.capstone import Pieces, assemble
 from moe_edu.model.pretrained import TextTranslator
 from moe_edu.model.translator import MoETranslator
 from moe_edu.moe.losses import MoELoss, summarize_metrics
-from moe_edu.moe.metrics import ExpertMetrics
+from moe_edu.moe.metrics import ExpertMetrics, collect_metrics
+from moe_edu.moe.routing import RouterOutput
 from moe_edu.system.machine import peak_memory_mb, resolve_device, usable_cores
 from moe_edu.training.evaluation import evaluate, sample_examples
 from moe_edu.training.run import LOG_FILE, RESULT_FILE, STATE_FILE, RunLog, load_state, save_state, write_json
 from moe_edu.training.settings import TrainingSettings, small_config
 from moe_edu.training.shards import (
+    CollectMetrics,
     add_gradients,
     autocast_dtype,
     bind_parameters,
@@ -44,6 +45,16 @@ from moe_edu.training.workers import WorkerPool
 
 Record = dict[str, Any]
 OnRecord = Callable[[Record, TextTranslator], None]
+
+
+class Pieces(Protocol):
+    """Parts of the model and of its losses that the caller brings, to train with in the place of ours."""
+
+    def assemble(self, model: MoETranslator, /) -> MoETranslator:
+        """A model of the same weights that runs them."""
+
+    def collect_metrics(self, routing: Iterable[RouterOutput | None], /) -> tuple[ExpertMetrics, ...]:
+        """As `moe_edu.collect_metrics`, with the caller's router losses."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +102,13 @@ class Trainer:
         self,
         model: MoETranslator,
         settings: TrainingSettings,
-        pieces: Pieces | None = None,
         workers: WorkerPool | None = None,
+        measure: CollectMetrics = collect_metrics,
     ) -> None:
-        model = model if pieces is None else assemble(model, pieces)
+        """`measure` gives the router losses; `workers`, if any, have a model and losses of ours."""
         self.model = model
         self.settings = settings
-        self.pieces = pieces
+        self.measure = measure
         self.device = model.shared.weight.device
         self.workers = workers
         self.steps_done = 0
@@ -135,7 +146,7 @@ class Trainer:
             self.workers.start(shards[1:], scale.item())
         self.gradients.zero_()
         local = shards if self.workers is None else shards[:1]
-        results = [add_gradients(self.model, shard, self.settings, self.pieces, scale) for shard in local]
+        results = [add_gradients(self.model, shard, self.settings, scale, self.measure) for shard in local]
         if self.workers is not None:
             results += self.workers.finish(len(shards) - 1)
         loss = mean_loss(shards, results)
@@ -184,7 +195,7 @@ def train(
         corpus: the shipped one (`load_corpus()`) or the reader's own.
         settings: None for the defaults.
         model_fields: `MoEConfig` fields that override `small_config`'s.
-        pieces: a learner's functions, to run in the place of ours; see `moe_edu.exercises.capstone`.
+        pieces: the caller's own parts, such as `moe_edu.exercises.capstone.Pieces`; they run in one process.
         out: where to leave the model, tokenizer, log, state and `result.json`; None keeps everything in memory.
         resume: go on from the state in `out`.
         processes: 1, or as many as the batch has shards, on the CPU; None is the latter where there are so many cores.
@@ -223,15 +234,19 @@ def train(
     # The caller's random state is none of our business, and ours must depend on the seed alone.
     with seeded(settings.seed, device):
         model = MoETranslator(config).to(device)
+    if pieces is not None:
+        model = pieces.assemble(model)
     valid, test = (
         _fitting(
             sample_examples(corpus, split, targets, count, settings.seed, sources), split, tokenizer, config
         )
         for split, count in (("valid", settings.eval_sentences), ("test", test_sentences))
     )
-    # A learner's functions cannot be sent to another process.
+    # The caller's functions cannot be sent to another process.
     with start_workers(model, settings, processes if pieces is None else 1) as workers:
-        trainer = Trainer(model, settings, pieces, workers)
+        trainer = Trainer(
+            model, settings, workers, collect_metrics if pieces is None else pieces.collect_metrics
+        )
         translator = TextTranslator(trainer.model, tokenizer)
         history, progress = run_loop(
             trainer, translator, batches, valid, directory, resume, on_record, show_progress, checkpoint_every

@@ -7,7 +7,7 @@ own. Which process computes a shard changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
 from moe_edu.data import Batch
-from moe_edu.exercises.capstone import Pieces
 from moe_edu.model.translator import MoETranslator, TranslatorOutput
 from moe_edu.moe.losses import MoELoss, SpecialLossNormalizingFactor, moe_loss
 from moe_edu.moe.metrics import ExpertMetrics, collect_metrics
-from moe_edu.moe.routing import count_per_expert
+from moe_edu.moe.routing import RouterOutput, count_per_expert
 from moe_edu.training.settings import Precision, TrainingSettings
+
+CollectMetrics = Callable[[Iterable[RouterOutput | None]], tuple[ExpertMetrics, ...]]
 
 
 class Shard(NamedTuple):
@@ -69,8 +70,8 @@ def add_gradients(
     model: MoETranslator,
     shard: Shard,
     settings: TrainingSettings,
-    pieces: Pieces | None = None,
     loss_scale: Tensor | float = 1.0,
+    measure: CollectMetrics = collect_metrics,
 ) -> ShardResult:
     """Add the shard's share of the gradients, times `loss_scale`, to the parameters'. Draws from its own seed alone."""
     device = model.shared.weight.device
@@ -79,7 +80,7 @@ def add_gradients(
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             batch = shard.batch.to(device)
             output = model(batch.source_ids, batch.source_mask, batch.decoder_input_ids, batch.decoder_mask)
-            loss, metrics = compute_loss(output, batch, settings, pieces)
+            loss, metrics = compute_loss(output, batch, settings, measure)
         (loss.total * (loss_scale * shard.weight)).backward()
     detached = MoELoss(*(part.detach() for part in loss))
     return ShardResult(detached, metrics, expert_load(output))
@@ -124,10 +125,13 @@ def mean_load(results: Sequence[ShardResult]) -> dict[str, Tensor]:
 
 
 def compute_loss(
-    output: TranslatorOutput, batch: Batch, settings: TrainingSettings, pieces: Pieces | None = None
+    output: TranslatorOutput,
+    batch: Batch,
+    settings: TrainingSettings,
+    measure: CollectMetrics = collect_metrics,
 ) -> tuple[MoELoss, tuple[ExpertMetrics, ...]]:
-    """The loss of one batch, per real target token, and what the routers did; `pieces` may bring the router losses."""
-    metrics = collect_metrics(output.routing) if pieces is None else pieces.collect_metrics(output.routing)
+    """The loss of one batch, per real target token, and what the routers did, as `measure` computes it."""
+    metrics = measure(output.routing)
     loss = moe_loss(
         output.logits,
         batch.labels,

@@ -16,6 +16,7 @@ import torch
 from moe_edu.data import Corpus, load_corpus
 from moe_edu.model.checkpoint import CheckpointError
 from moe_edu.model.pretrained import load_pretrained
+from moe_edu.moe.metrics import collect_metrics
 from moe_edu.system.machine import resolve_device
 from moe_edu.training.loop import TrainingDivergedError, autocast_dtype, learning_rate_at, train
 from moe_edu.training.run import LOG_FILE, RESULT_FILE, STATE_FILE, RunLog, read_state
@@ -128,6 +129,35 @@ class TestResult:
         )
         history = run(corpus, settings).history
         assert history[-1]["cross_ent_loss"] < 0.7 * history[0]["cross_ent_loss"]
+
+
+class TestPieces:
+    """What the caller brings: `assemble` and `collect_metrics`."""
+
+    def test_run_in_this_process_for_every_shard(self, corpus):
+        class Pieces:
+            measured = 0
+
+            def assemble(self, model):
+                with torch.no_grad():
+                    model.shared.weight.mul_(0.5)
+                return model
+
+            def collect_metrics(self, routing):
+                self.measured += 1
+                return tuple(
+                    m._replace(auxiliary_loss=3 * m.auxiliary_loss) for m in collect_metrics(routing)
+                )
+
+        settings = dataclasses.replace(SETTINGS, steps=1, log_every=1, eval_sentences=0, learning_rate=1e-9)
+        pieces = Pieces()
+        ours = run(corpus, settings)
+        mine = run(corpus, settings, pieces=pieces, processes=2)
+        assert pieces.measured == 2, "one call per shard, in this process, although two were asked for"
+        ratio = mine.history[0]["experts/auxiliary_loss"] / ours.history[0]["experts/auxiliary_loss"]
+        assert ratio == pytest.approx(3, rel=0.3)
+        size = mine.translator.model.shared.weight.norm() / ours.translator.model.shared.weight.norm()
+        assert size.item() == pytest.approx(0.5, rel=1e-3)
 
 
 class TestRepeat:
