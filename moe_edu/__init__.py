@@ -9,7 +9,7 @@ from moe_edu.model.checkpoint import CheckpointError
 from moe_edu.model.encoder import EncoderOutput, MoEEncoder
 from moe_edu.model.pretrained import TextTranslator, load_pretrained
 from moe_edu.model.translator import MoETranslator
-from moe_edu.moe.backends import BackendChoice, explain_backend
+from moe_edu.moe.experts import BackendChoice, explain_backend
 from moe_edu.moe.layer import SparseMLP
 from moe_edu.moe.losses import (
     MoELoss,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_edu.config import MoEConfig
-from moe_edu.moe.backends import Backend
+from moe_edu.moe.experts import Backend
 from moe_edu.moe.layer import FeedForward, SparseMLP
 
 

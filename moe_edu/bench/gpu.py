@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_edu.bench.contenders import Contender, LayerSize, our_layer, with_backend
 from moe_edu.bench.layer import Case, Factory, make_problem
 from moe_edu.bench.libraries import megablocks, require_gpu, scattermoe, transformers_experts
-from moe_edu.moe.backends import Backend
+from moe_edu.moe.experts import Backend
 from moe_edu.moe.layer import SparseMLP
 
 TOKENS = 16384

@@ -1,13 +1,23 @@
 """The experts: stacked feed-forward weights, and the back ends that multiply sorted rows with them.
 
 Shapes: N rows sorted by expert, E experts, D model width, F feed-forward width. `counts[e]` rows belong to expert e;
-rows behind the last expert's belong to nobody and come back as zeros.
+rows after the last expert's belong to nobody and come back as zeros.
+
+Every back end computes the same:
+
+* `loop`: one expert after the other, in plain PyTorch; the form to read. Hugging Face (transformers 5): `eager`.
+* `padded`: one batched product over E slots of equal size, some of them empty. Hugging Face's `batched_mm` is a batched
+  product, too, but copies the expert's weights for each row.
+* `grouped`: exactly each expert's rows, with the products and the backward pass of `moe_edu.kernels.grouped_gemm`.
+  Hugging Face has none like it.
+* `grouped_mm`: exactly each expert's rows in one call of PyTorch's grouped product. Hugging Face: `grouped_mm`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +26,18 @@ from torch.nn import functional as F
 
 from moe_edu.config import MoEConfig
 from moe_edu.kernels import grouped_gemm
+from moe_edu.kernels.compiled import why_not_compiled
 from moe_edu.kernels.gradient_memory import GradientPages
-from moe_edu.moe.backends import Backend, explain_backend, why_no_grouped_mm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+NamedBackend = Literal["loop", "padded", "grouped", "grouped_mm"]
+Backend = Literal["auto", NamedBackend]
+
+# "auto" pads where that makes at most this many slots per row, with one row more per expert. In training there is about
+# one. Where every expert has room for every token there are E / 2, which take memory as E * T * D does, and as much
+# time.
+_SLOTS_PER_ROW = 4
 
 
 class Experts(nn.Module):
@@ -30,8 +48,7 @@ class Experts(nn.Module):
     Args:
         config: sizes, activation and dropout.
         ffn_dim: F; None for `config.encoder_ffn_dim`.
-        backend: "loop" is one plain product an expert, "grouped" one grouped product over sorted rows, "padded" one
-            batched product over E slots of equal size; "auto" picks by device, dtype and sizes,
+        backend: one of those above, which then runs whatever the device; "auto" picks one by device, dtype and sizes,
             see `explain_backend`.
 
     Raises:
@@ -64,16 +81,20 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
         rows, *weights = (t.to(dtype) for t in (rows, self.w1, self.b1, self.w2, self.b2))
-        backend = explain_backend(self, dtype, rows.shape[0], capacity).backend
-        if backend == "loop":
-            return _loop(rows, counts, self._hidden, weights)
-        if backend == "padded":
-            return _padded(rows, counts, min(capacity, rows.shape[0]), self._hidden, weights)
-        if why_no_grouped_mm(rows.device, dtype, self.w1.shape) is None:
-            return _grouped_mm(rows, counts, self._hidden, weights)
-        if torch.is_grad_enabled():
-            return _grouped(rows, counts, self._hidden, weights, self.pages)
-        return _grouped_inference(rows, counts, self._hidden, weights)
+        backend = self.backend
+        if backend == "auto":
+            backend = choose_backend(rows.device, dtype, self.w1.shape, rows.shape[0], capacity)
+        match backend:
+            case "loop":
+                return _loop(rows, counts, self._hidden, weights)
+            case "padded":
+                return _padded(rows, counts, min(capacity, rows.shape[0]), self._hidden, weights)
+            case "grouped_mm":
+                return _grouped_mm(rows, counts, self._hidden, weights)
+            case "grouped" if torch.is_grad_enabled():
+                return _grouped(rows, counts, self._hidden, weights, self.pages)
+            case "grouped":
+                return _grouped_inference(rows, counts, self._hidden, weights)
 
     def _hidden(self, pre_activation: Tensor) -> Tensor:
         # In place where its own result is all that its gradient needs: `[N, F]` is the layer's largest tensor.
@@ -83,9 +104,127 @@ class Experts(nn.Module):
         return hidden
 
 
+# ---- which back end, and why
+
+
+class BackendChoice(NamedTuple):
+    """The back end that runs, and why."""
+
+    backend: NamedBackend
+    reason: str
+
+
+def explain_backend(
+    module: nn.Module, dtype: torch.dtype | None = None, rows: int = 0, capacity: int = 0
+) -> BackendChoice:
+    """Which back end the experts in `module` run where they are now, and why.
+
+    Args:
+        module: a sparse layer, its experts, or a model whose sparse layers all run the same.
+        dtype: of the products, which under autocast is autocast's; None for that of the weights.
+        rows, capacity: N rows in experts with room for `capacity` each, which decide where the products would have to
+            be padded; by default about as much room as rows, as in training.
+
+    Raises:
+        ValueError: `module` has no experts, or layers that run different back ends.
+    """
+    choices = {
+        name: _explain(experts, dtype or experts.w1.dtype, rows, capacity)
+        for name, experts in module.named_modules()
+        if isinstance(experts, Experts)
+    }
+    if not choices:
+        raise ValueError(
+            f"{type(module).__name__} has no experts, so no back end runs: give it a sparse layer (`SparseMLP`), or a "
+            "model whose encoder_sparse_step or decoder_sparse_step makes layers sparse"
+        )
+    if len(set(choices.values())) > 1:
+        listed = "; ".join(f"{name} runs {choice.backend}" for name, choice in choices.items())
+        raise ValueError(f"the layers of this model differ, ask about one of them: {listed}")
+    return next(iter(choices.values()))
+
+
+def _explain(experts: Experts, dtype: torch.dtype, rows: int, capacity: int) -> BackendChoice:
+    if experts.backend != "auto":
+        return BackendChoice(experts.backend, "it was named when the layer was made")
+    return explain_choice(experts.w1.device, dtype, experts.w1.shape, rows, capacity)
+
+
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, shape: Sequence[int], rows: int = 0, capacity: int = 0
+) -> NamedBackend:
+    """The back end that "auto" stands for: grouped products where the device has them, padded ones elsewhere.
+
+    Args:
+        device, dtype: of the products.
+        shape: E, F and D.
+        rows, capacity: as for `explain_backend`.
+    """
+    if device.type != "cuda":
+        return "grouped"
+    if grouped_mm_obstacle(device, dtype, shape) is None:
+        return "grouped_mm"
+    E = shape[0]
+    return "padded" if E * min(capacity, rows) <= _SLOTS_PER_ROW * (rows + E) else "grouped"
+
+
+def explain_choice(
+    device: torch.device, dtype: torch.dtype, shape: Sequence[int], rows: int = 0, capacity: int = 0
+) -> BackendChoice:
+    """`choose_backend` with its reason."""
+    backend = choose_backend(device, dtype, shape, rows, capacity)
+    if device.type != "cuda":
+        why_not = why_not_compiled(dtype)
+        how = "compiled for few rows" if why_not is None else f"PyTorch's: {why_not}"
+        reason = f"on {device.type} products over exactly each expert's rows are fastest ({how})"
+        return BackendChoice(backend, reason)
+    obstacle = grouped_mm_obstacle(device, dtype, shape)
+    if obstacle is None:
+        return BackendChoice(backend, "CUDA multiplies the rows of all experts in one grouped product")
+    reason = str(obstacle)
+    if backend == "grouped":
+        reason = f"one product per expert: {reason}, and padding would make more than {_SLOTS_PER_ROW} slots per row"
+    return BackendChoice(backend, reason)
+
+
+class Obstacle(NamedTuple):
+    """Why PyTorch has no grouped product here: a rule, and what breaks it. A sentence only where somebody reads it."""
+
+    rule: str
+    found: object
+
+    def __str__(self) -> str:
+        return f"{self.rule}, not {self.found}"
+
+
+def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> Obstacle | None:
+    """Why CUDA has no grouped product that stays on the GPU, for weights `[E, F, D]`; None where it has.
+
+    Sources: pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp, whose `_grouped_mm` also takes other GPUs and dtypes,
+    and then copies the offsets to the host and loops over the experts; GroupMM.cu, for the rest.
+    """
+    E, *widths = shape
+    if dtype != torch.bfloat16:
+        return Obstacle("CUDA's grouped product takes torch.bfloat16", dtype)
+    for width in widths:
+        if width * dtype.itemsize % 16 != 0:
+            return Obstacle("CUDA's grouped product takes rows of whole 16 bytes", width * dtype.itemsize)
+    if E >= 1024:
+        return Obstacle("CUDA's grouped product takes fewer than 1,024 experts", E)
+    if sys.platform == "win32":
+        return Obstacle("PyTorch builds CUDA's grouped product for Linux", "Windows")
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] not in (9, 10):
+        return Obstacle("CUDA's grouped product takes GPUs of compute capability 9 and 10", capability)
+    return None
+
+
+# ---- the back ends
+
+
 Weights = Sequence[Tensor]  # w1, b1, w2, b2 in the dtype of the rows
 
-# However unevenly the router loads the experts, a pass without gradients holds the hidden activations of so many rows.
+# A pass without gradients holds the hidden activations of this many rows, however unevenly the experts are loaded.
 _ROWS_AT_ONCE = 2048
 
 
@@ -140,7 +279,7 @@ def _padded(
     index = torch.arange(N, device=rows.device)
     expert = torch.bucketize(index, end, right=True)
     slot = index - F.pad(end, (1, 0))[expert]
-    # Rows of nobody share one spare slot behind the last expert's.
+    # Rows of nobody share one spare slot after the last expert's.
     place = (expert * capacity + slot).where(expert < E, E * capacity)
     slots = rows.new_zeros(E * capacity + 1, rows.shape[1]).index_copy(0, place, rows)
     x = slots[:-1].unflatten(0, (E, capacity))
@@ -181,7 +320,7 @@ def _grouped(
 class GroupedLinear(torch.autograd.Function):
     """`y[n] = x[n] @ weight[e]^T + bias[e]` for the rows n of each expert e, on the CPU.
 
-    Indexing a stacked weight once an expert makes autograd build and add up one full-size `[E, out, in]` gradient for
+    Indexing a stacked weight once per expert makes autograd build and add up one full-size `[E, out, in]` gradient for
     each of them; here every expert writes its own slice of a single one.
     """
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_edu.config import MoEConfig
-from moe_edu.moe.backends import Backend
 from moe_edu.moe.dispatch import permute, plan_dispatch, unpermute
-from moe_edu.moe.experts import ACTIVATIONS, Experts
+from moe_edu.moe.experts import ACTIVATIONS, Backend, Experts
 from moe_edu.moe.routing import RouterOutput, Top2Router
 
 

@@ -6,8 +6,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import moe_edu
 from moe_edu.config import MoEConfig
-from moe_edu.moe.backends import BackendChoice, choose_backend, why_no_grouped_mm
-from moe_edu.moe.layer import SparseMLP
+from moe_edu.model.translator import MoETranslator
+from moe_edu.moe.experts import choose_backend, explain_choice, grouped_mm_obstacle
+from moe_edu.moe.layer import FeedForward, SparseMLP
 
 E = 5
 CUDA = torch.device("cuda")
@@ -25,36 +26,74 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped", "padded"])
-def test_a_named_back_end_runs(backend):
-    choice = moe_edu.explain_backend(make_layer(4, 5, backend).experts)
+@pytest.mark.parametrize("backend", ["loop", "padded", "grouped", "grouped_mm"])
+def test_a_named_back_end_is_the_one_that_runs(backend, monkeypatch):
+    layer = make_layer(4, 5, backend)
+    choice = moe_edu.explain_backend(layer)
     assert choice.backend == backend
     assert "named" in choice.reason
+    ran = []
+    for name in ("loop", "padded", "grouped", "grouped_inference", "grouped_mm"):
+        monkeypatch.setattr(
+            f"moe_edu.moe.experts._{name}", lambda rows, *rest, name=name: ran.append(name) or rows
+        )
+    layer(torch.randn(2, 3, 4))
+    with torch.no_grad():
+        layer(torch.randn(2, 3, 4))
+    assert ran == [backend, "grouped_inference" if backend == "grouped" else backend]
+
+
+class TestExplain:
+    """A layer's experts, the layer, or a whole model."""
+
+    def test_a_layer_and_its_experts(self):
+        layer = make_layer(4, 5)
+        assert moe_edu.explain_backend(layer) == moe_edu.explain_backend(layer.experts)
+        assert "float64" in moe_edu.explain_backend(layer.double()).reason
+
+    def test_a_model_whose_layers_run_the_same(self, tiny_config):
+        model = MoETranslator(tiny_config())
+        assert moe_edu.explain_backend(model) == moe_edu.explain_backend(model.encoder.layers[1].ffn)
+
+    def test_a_model_whose_layers_differ_names_them(self, tiny_config):
+        model = MoETranslator(tiny_config())
+        model.encoder.layers[1].ffn.experts.backend = "loop"
+        with pytest.raises(ValueError, match=r"encoder\.layers\.1\.ffn\.experts runs loop; .* runs grouped"):
+            moe_edu.explain_backend(model)
+
+    @pytest.mark.parametrize("sparse_step", [0, None])
+    def test_without_experts_says_what_has_some(self, tiny_config, sparse_step):
+        if sparse_step is None:
+            module = FeedForward(tiny_config(), 5)
+        else:
+            module = MoETranslator(tiny_config(encoder_sparse_step=0, decoder_sparse_step=0))
+        with pytest.raises(ValueError, match=r"has no experts.*give it a sparse layer"):
+            moe_edu.explain_backend(module)
 
 
 @pytest.mark.parametrize(
     ("dtype", "widths", "capability", "backend", "reason"),
     [
-        (torch.bfloat16, (256, 64), (9, 0), "grouped", "one grouped product"),
-        (torch.bfloat16, (256, 64), (10, 3), "grouped", "one grouped product"),
+        (torch.bfloat16, (256, 64), (9, 0), "grouped_mm", "one grouped product"),
+        (torch.bfloat16, (256, 64), (10, 3), "grouped_mm", "one grouped product"),
         (torch.bfloat16, (256, 9), (9, 0), "padded", "16 bytes, not 18"),
         (torch.bfloat16, (20, 64), (9, 0), "padded", "16 bytes, not 40"),
-        (torch.float16, (256, 64), (9, 0), "padded", "not float16"),
-        (torch.bfloat16, (256, 64), (7, 5), "padded", "9 and 10, not 7.5"),
-        (torch.bfloat16, (256, 64), (8, 0), "padded", "9 and 10, not 8.0"),
-        (torch.bfloat16, (256, 64), (12, 0), "padded", "9 and 10, not 12.0"),
+        (torch.float16, (256, 64), (9, 0), "padded", "not torch.float16"),
+        (torch.bfloat16, (256, 64), (7, 5), "padded", "9 and 10, not (7, 5)"),
+        (torch.bfloat16, (256, 64), (8, 0), "padded", "9 and 10, not (8, 0)"),
+        (torch.bfloat16, (256, 64), (12, 0), "padded", "9 and 10, not (12, 0)"),
     ],
 )
 def test_gpu(dtype, widths, capability, backend, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    choice = choose_backend(CUDA, dtype, (E, *widths))
-    assert choice.backend == backend
+    choice = explain_choice(CUDA, dtype, (E, *widths))
+    assert choice.backend == choose_backend(CUDA, dtype, (E, *widths)) == backend
     assert reason in choice.reason
 
 
 def test_gpu_with_many_experts(hopper):
-    assert choose_backend(CUDA, torch.bfloat16, (1023, 64, 64)).backend == "grouped"
-    assert choose_backend(CUDA, torch.bfloat16, (1024, 64, 64)) == (
+    assert choose_backend(CUDA, torch.bfloat16, (1023, 64, 64)) == "grouped_mm"
+    assert explain_choice(CUDA, torch.bfloat16, (1024, 64, 64)) == (
         "padded",
         "CUDA's grouped product takes fewer than 1,024 experts, not 1024",
     )
@@ -62,11 +101,14 @@ def test_gpu_with_many_experts(hopper):
 
 def test_gpu_on_windows(hopper, monkeypatch):
     monkeypatch.setattr("sys.platform", "win32")
-    assert choose_backend(CUDA, torch.bfloat16, (E, 64, 64)).backend == "padded"
+    choice = explain_choice(CUDA, torch.bfloat16, (E, 64, 64))
+    assert choice == ("padded", "PyTorch builds CUDA's grouped product for Linux, not Windows")
 
 
 def test_a_back_end_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="backend must be one of auto, loop, grouped, padded; got 'paded'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, loop, padded, grouped, grouped_mm; got 'paded'"
+    ):
         make_layer(4, 5, "paded")
 
 
@@ -76,48 +118,42 @@ class TestRoom:
     @pytest.fixture(autouse=True)
     def an_older_gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        monkeypatch.setattr(
-            "moe_edu.moe.backends.choose_backend", lambda device, *rest: choose_backend(CUDA, *rest)
-        )
 
     @pytest.mark.parametrize("E", [8, 128])
     @pytest.mark.parametrize("T", [1, 10, 1000, 16384])
     def test_training_is_padded(self, E, T):
-        assert self.choice(E, T, -(-T // E) * 2).backend == "padded"
+        capacity = -(-T // E) * 2
+        assert choose_backend(CUDA, torch.bfloat16, (E, 64, 64), 2 * T, capacity) == "padded"
 
     @pytest.mark.parametrize("T", [100, 16384])
     def test_room_for_every_token_is_padded_for_few_experts_only(self, T):
-        assert self.choice(8, T, T).backend == "padded"
-        choice = self.choice(128, T, T)
+        assert choose_backend(CUDA, torch.bfloat16, (8, 64, 64), 2 * T, T) == "padded"
+        choice = explain_choice(CUDA, torch.bfloat16, (128, 64, 64), 2 * T, T)
         assert choice.backend == "grouped"
-        assert choice.reason.startswith("one product an expert")
-
-    def choice(self, experts: int, tokens: int, capacity: int) -> BackendChoice:
-        with torch.device("meta"):
-            layer = SparseMLP(MoEConfig(d_model=64, num_experts=experts), 64)
-        return moe_edu.explain_backend(layer.experts, torch.bfloat16, 2 * tokens, capacity)
+        assert choice.reason.startswith("one product per expert")
 
 
 def test_what_is_explained_is_what_runs(monkeypatch):
     """Under autocast, too, whose dtype is not the weights'; and with the room that the router gives."""
     asked = []
 
-    def remember(device, dtype, shape, few_slots):
-        asked.append((dtype, tuple(shape), few_slots))
-        return BackendChoice("padded", "it is a test")
+    def remember(device, dtype, shape, rows, capacity):
+        asked.append((dtype, tuple(shape), rows, capacity))
+        return "padded"
 
-    monkeypatch.setattr("moe_edu.moe.backends.choose_backend", remember)
+    monkeypatch.setattr("moe_edu.moe.experts.choose_backend", remember)
     layer = make_layer(4, 6, expert_capacity=1000)
     with torch.autocast("cpu", torch.bfloat16):
         layer(torch.randn(2, 5, 4))
-        layer(torch.randn(2, 50, 4))
-    assert moe_edu.explain_backend(layer.experts).reason == "it is a test"
+    assert moe_edu.explain_backend(layer).backend == "padded"
     shape = (E, 6, 4)
-    assert asked == [
-        (torch.bfloat16, shape, True),
-        (torch.bfloat16, shape, False),
-        (torch.float32, shape, True),
-    ]
+    assert asked == [(torch.bfloat16, shape, 20, 1000), (torch.float32, shape, 0, 0)]
+
+
+def test_reasons_are_made_for_readers_only(monkeypatch):
+    monkeypatch.setattr("moe_edu.moe.experts.explain_choice", lambda *_: pytest.fail("a reason was made"))
+    monkeypatch.setattr("moe_edu.moe.experts.Obstacle.__str__", lambda _: pytest.fail("a reason was made"))
+    make_layer(4, 6)(torch.randn(2, 5, 4))
 
 
 class TestWithoutMemory:
@@ -130,25 +166,20 @@ class TestWithoutMemory:
             output, _ = layer(hidden.requires_grad_())
             output.sum().backward()
 
-    @pytest.fixture
-    def on_the_gpu(self, monkeypatch):
-        """PyTorch's grouped product is run, whatever is chosen."""
-        monkeypatch.setattr("moe_edu.moe.experts.why_no_grouped_mm", lambda device, dtype, shape: None)
-
     @pytest.mark.parametrize("widths", [(24, 16), (24, 20), (20, 16), (17, 16)])
     @pytest.mark.parametrize("tokens", [0, 1, 7])
-    def test_pytorch_takes_just_the_widths_that_are_chosen_for_it(self, widths, tokens, on_the_gpu, hopper):
+    def test_pytorch_takes_just_the_widths_that_are_chosen_for_it(self, widths, tokens, hopper):
         ffn_dim, d_model = widths
-        layer = make_layer(d_model, ffn_dim, "grouped", moe_token_dropout=0.2).bfloat16()
-        if why_no_grouped_mm(CUDA, torch.bfloat16, (E, *widths)) is None:
+        layer = make_layer(d_model, ffn_dim, "grouped_mm", moe_token_dropout=0.2).bfloat16()
+        if grouped_mm_obstacle(CUDA, torch.bfloat16, (E, *widths)) is None:
             self.step(layer, tokens)
         else:
             with pytest.raises(RuntimeError, match="16 bytes"):
                 self.step(layer, tokens)
 
     @pytest.mark.parametrize("policy", ["all", "sampling", "random"])
-    @pytest.mark.parametrize("backend", ["grouped", "padded"])
-    def test_neither_reads_a_value(self, backend, policy, on_the_gpu):
+    @pytest.mark.parametrize("backend", ["grouped_mm", "padded"])
+    def test_neither_reads_a_value(self, backend, policy):
         layer = make_layer(16, 24, backend, moe_token_dropout=0.2, second_expert_policy=policy)
         self.step(layer.bfloat16(), 7)
 
