@@ -1,7 +1,7 @@
 """Exercises that check themselves: `check("02.1", my_function)`, `hint("02.1")`, `solution("02.1")`.
 
 An answer is not attempted, wrong, an error in the learner's code, or right. It is tried on fresh random inputs in a
-process of its own, so a loop without end or a crash does not take the lesson down.
+process of its own, so neither an endless loop nor a crash ends the lesson.
 """
 
 from moe_edu.exercises.class_table import class_table

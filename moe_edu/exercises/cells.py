@@ -1,4 +1,4 @@
-"""The exercise cells of a notebook, made from the exercises themselves so that both always agree."""
+"""The exercise cells of a notebook, generated from the exercises so that both always agree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREFIX = "exercise-"
 
 
 def exercise_cells(lesson: str) -> list[NotebookNode]:
-    """Two cells an exercise: its text, and its starter with the check."""
+    """Two cells per exercise: its text, and its starter with the check."""
     cells = []
     for exercise in exercises_of(lesson):
         name = f"{PREFIX}{exercise.key.replace('.', '-')}"
@@ -22,10 +22,10 @@ def exercise_cells(lesson: str) -> list[NotebookNode]:
 
 
 def with_exercises(notebook: NotebookNode, lesson: str) -> NotebookNode:
-    """Put the lesson's exercises behind the cell that begins with "## Exercises", in the place of older ones.
+    """Insert the lesson's exercises after the cell that begins with "## Exercises", replacing older ones.
 
     Raises:
-        ValueError: the lesson has exercises, and the notebook no such cell.
+        ValueError: the lesson has exercises, but the notebook has no such cell.
     """
     cells = [cell for cell in notebook.cells if not cell.get("id", "").startswith(PREFIX)]
     made = exercise_cells(lesson)
@@ -41,7 +41,7 @@ def with_exercises(notebook: NotebookNode, lesson: str) -> NotebookNode:
 
 
 def solved(notebook: NotebookNode, lesson: str) -> NotebookNode:
-    """The notebook with the shown solutions in the place of the starters; in place."""
+    """Replace the starters by the shown solutions, in place."""
     sources = {exercise.cell_source(): exercise for exercise in exercises_of(lesson)}
     for cell in notebook.cells:
         exercise = sources.get(cell.source)

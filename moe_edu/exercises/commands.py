@@ -27,12 +27,12 @@ def check(key: str, answer: Any) -> None:
     """Check an answer and print the verdict; a right or wrong one is kept in your progress.
 
     Args:
-        key: of the exercise, "02.1".
-        answer: the function you wrote (not its result), or the value where a value was asked for.
+        key: of the exercise, "02.1" or "2.1".
+        answer: the function you wrote (not its result), or the value that the exercise asks for.
 
     Raises:
         ValueError: no such exercise.
-        WrongAnswerError: in strict mode (environment variable MOE_EDU_STRICT=1), anything but right.
+        WrongAnswerError: the answer is not right, in strict mode (environment variable MOE_EDU_STRICT=1).
     """
     exercise = find_exercise(key)
     seed = random.SystemRandom().randrange(2**31)
@@ -41,13 +41,15 @@ def check(key: str, answer: Any) -> None:
         print(report.printed, end="" if report.printed.endswith("\n") else "\n")
     verdict = report.verdict
     print(
-        _wrapped(f"{_SIGNS[verdict.outcome]} {key} {exercise.title} – {verdict.outcome}. {verdict.message}")
+        _wrapped(
+            f"{_SIGNS[verdict.outcome]} {exercise.key} {exercise.title} – {verdict.outcome}. {verdict.message}"
+        )
     )
     if verdict.outcome in ("wrong", "error"):
-        print(f'  For a hint: exercises.hint("{key}")')
-    record(key, verdict, _source(answer))
+        print(f'  For a hint: exercises.hint("{exercise.key}")')
+    record(exercise.key, verdict, _source(answer))
     if os.environ.get(STRICT) == "1" and verdict.outcome != "right":
-        raise WrongAnswerError(f"{key}: {verdict.outcome}. {verdict.message}")
+        raise WrongAnswerError(f"{exercise.key}: {verdict.outcome}. {verdict.message}")
 
 
 def _wrapped(text: str) -> str:
@@ -58,19 +60,21 @@ def _wrapped(text: str) -> str:
 
 
 def hint(key: str, number: int = 1) -> None:
-    """Print a hint; a higher `number` tells more.
+    """Print a hint, or which hints there are; a higher `number` reveals more.
 
     Raises:
-        ValueError: no such exercise or hint.
+        ValueError: no such exercise.
     """
-    hints = find_exercise(key).hints
+    exercise = find_exercise(key)
+    hints = exercise.hints
     if not 1 <= number <= len(hints):
-        raise ValueError(f"exercise {key} has hints 1 to {len(hints)}")
+        print(f"Exercise {exercise.key} has hints 1 to {len(hints)}.")
+        return
     print(f"Hint {number} of {len(hints)}: {hints[number - 1]}")
     if number < len(hints):
-        print(f'More: exercises.hint("{key}", {number + 1})')
+        print(f'Next hint: exercises.hint("{exercise.key}", {number + 1})')
     else:
-        print(f'All of it: exercises.solution("{key}")')
+        print(f'The whole solution: exercises.solution("{exercise.key}")')
 
 
 def solution(key: str) -> None:
@@ -83,7 +87,7 @@ def solution(key: str) -> None:
 
 
 def _source(answer: Any) -> str:
-    """The source of a function; of a value, what it is."""
+    """The source of a function, or the `repr` of a value."""
     try:
         return inspect.getsource(answer)
     except (TypeError, OSError):

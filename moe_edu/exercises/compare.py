@@ -16,7 +16,7 @@ class Comparison(NamedTuple):
     Attributes:
         right: values that agree.
         total: values that were expected.
-        problem: what is wrong apart from values (a type, a shape); "" where nothing is.
+        problem: what is wrong other than values (a type, a shape), or "".
     """
 
     right: int
@@ -30,6 +30,7 @@ class Comparison(NamedTuple):
 
 def compare(got: Any, expected: Any, tolerance: float, name: str = "the result") -> Comparison:
     """Compare numbers, booleans, strings, tensors, and tuples, lists and dictionaries of them."""
+    inside = name.removeprefix("the ")  # a part is "result[0]"
     if isinstance(expected, Tensor):
         return _compare_tensors(got, expected, tolerance, name)
     if isinstance(expected, Mapping):
@@ -37,16 +38,17 @@ def compare(got: Any, expected: Any, tolerance: float, name: str = "the result")
             return Comparison(
                 0, 1, f"{name} should be a dictionary with the keys {', '.join(map(str, expected))}"
             )
-        return _merged([compare(got[key], expected[key], tolerance, f"{name}[{key!r}]") for key in expected])
+        return _merged(
+            [compare(got[key], expected[key], tolerance, f"{inside}[{key!r}]") for key in expected]
+        )
     if isinstance(expected, Sequence) and not isinstance(expected, str):
         if isinstance(got, Tensor) and got.ndim:
             got = got.tolist()
         if not isinstance(got, Sequence) or isinstance(got, str) or len(got) != len(expected):
-            found = f"{len(got)} values" if isinstance(got, Sequence) else describe(got)
-            return Comparison(0, 1, f"{name} should hold {len(expected)} values, not {found}")
+            return Comparison(0, 1, f"{name} should hold {len(expected)} values, not be {describe(got)}")
         pairs = zip(got, expected, strict=True)
         return _merged(
-            [compare(ours, theirs, tolerance, f"{name}, value {i}") for i, (ours, theirs) in enumerate(pairs)]
+            [compare(ours, theirs, tolerance, f"{inside}[{i}]") for i, (ours, theirs) in enumerate(pairs)]
         )
     if isinstance(got, Tensor) and got.numel() == 1:
         got = got.item()
@@ -62,10 +64,14 @@ def compare(got: Any, expected: Any, tolerance: float, name: str = "the result")
 def describe(value: Any) -> str:
     """A value's type and shape, for messages."""
     if isinstance(value, Tensor):
-        return f"a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{_article(dtype)} tensor of shape {list(value.shape)}"
     if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    name = type(value).__name__
+        return f"a {type(value).__name__} of length {len(value)}"
+    return _article(type(value).__name__)
+
+
+def _article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
@@ -73,11 +79,11 @@ def _compare_tensors(got: Any, expected: Tensor, tolerance: float, name: str) ->
     if not isinstance(got, Tensor):
         return Comparison(0, 1, f"{name} should be {describe(expected)}, not {describe(got)}")
     if got.layout != torch.strided:
-        return Comparison(0, 1, f"{name} should be an ordinary tensor, not {got.layout}")
+        return Comparison(0, 1, f"{name} should be a dense tensor, not {got.layout}")
     if got.shape != expected.shape:
         shapes = f"{list(got.shape)} instead of {list(expected.shape)}"
-        return Comparison(0, 1, f"{name} has the shape {shapes}")
-    whole = not expected.is_floating_point() and got.is_floating_point()  # could not be used as an index
+        return Comparison(0, 1, f"{name} has shape {shapes}")
+    whole = not expected.is_floating_point() and got.is_floating_point()  # cannot be used as an index
     if whole or (expected.dtype == torch.bool) != (got.dtype == torch.bool):
         return Comparison(0, 1, f"{name} should be {describe(expected)}, not {describe(got)}")
     same = torch.isclose(

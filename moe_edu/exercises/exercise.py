@@ -19,11 +19,11 @@ UNWRITTEN = "...  # your code"
 
 @dataclass(frozen=True)
 class Mistake:
-    """A typical wrong answer and what to say to whoever gives it.
+    """A typical wrong answer and the reply to it.
 
     Attributes:
         answer: a function as a learner would write it; for a question, the wrong value.
-        message: names the misconception and points to the mend, without giving the solution.
+        message: names the misconception and points to the fix, without giving the solution.
     """
 
     answer: Any
@@ -36,20 +36,20 @@ class Exercise:
 
     Attributes:
         key: lesson and number, "03.2".
-        title: a few words.
-        task: what to do, Markdown, 45 words at most.
-        difficulty, importance, minutes: what to expect.
-        solution: the function, with type hints and a docstring that gives the shapes; needs nothing but `torch`,
+        title: in a few words.
+        task: what to do, in Markdown of at most 45 words.
+        difficulty, importance, minutes: for the learner to plan with.
+        solution: the function, with type hints and a docstring that gives the shapes; it uses only `torch`,
             `math` and `F` (torch.nn.functional). For a question, the value.
-        draw: one case of inputs, fresh from the generator; None for a question.
+        draw: draws the inputs of one case from the generator; None for a question.
         mistakes: two or more.
         hints: two or more, from a nudge to nearly the answer.
-        starter: the published code with its bug, to be mended, under any name; None shows the head of the solution
-            with an empty body.
-        origin: where a real bug comes from: library, release and file.
-        cases: random inputs to try.
-        tolerance: how far a number may be off, relative and absolute.
-        is_piece: whether lesson 06 builds the answer into its model, which also asks for dtypes and gradients.
+        starter: the published code with the bug to fix, under any name; if None, the notebook shows the head of the
+            solution with an empty body.
+        origin: of a real bug: library, release and file.
+        cases: how many random inputs to try.
+        tolerance: the largest accepted error, relative and absolute.
+        is_piece: whether lesson 06 builds the answer into its model; its dtypes and gradients are then checked too.
     """
 
     key: str
@@ -79,7 +79,7 @@ class Exercise:
         return "answer" if self.is_question else self.solution.__name__
 
     def starter_source(self) -> str:
-        """What the notebook's cell begins with."""
+        """The code that the notebook's cell begins with."""
         if self.is_question:
             return "answer = ...  # your number"
         if self.starter is not None:
@@ -91,11 +91,11 @@ class Exercise:
         return "\n".join([*head, f"    {UNWRITTEN}"])
 
     def solution_source(self) -> str:
-        """The solution as it is shown, ready to be put into the cell."""
+        """The solution, ready to be pasted into the cell."""
         return f"answer = {self.solution!r}" if self.is_question else source_of(self.solution)
 
     def head(self) -> str:
-        """The text above the cell, Markdown."""
+        """The text above the cell, in Markdown."""
         minutes = f"{self.minutes} minute{'' if self.minutes == 1 else 's'}"
         found = f" Found in {self.origin}." if self.origin else ""
         return (

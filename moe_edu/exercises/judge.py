@@ -18,14 +18,14 @@ Outcome = Literal["not attempted", "wrong", "error", "right"]
 
 
 class Verdict(NamedTuple):
-    """What became of an answer, and what to tell the learner."""
+    """The outcome, and the message for the learner."""
 
     outcome: Outcome
     message: str
 
 
 class _Trial(NamedTuple):
-    """One call of an answer: what went in, what came out, and whether the inputs were changed."""
+    """One call of an answer: its arguments, its result, and whether it changed its arguments."""
 
     arguments: tuple[Any, ...]
     result: Any
@@ -39,14 +39,14 @@ def judge(exercise: Exercise, answer: Any, seed: int) -> Verdict:
 
 def _judge_value(exercise: Exercise, answer: Any) -> Verdict:
     if answer is None or answer is ...:
-        return Verdict("not attempted", "Replace the ... with your number and run the cell again.")
+        return Verdict("not attempted", "Replace `...` with your number and run the cell again.")
     if compare(answer, exercise.solution, exercise.tolerance).agrees:
-        return Verdict("right", "Right.")
+        return Verdict("right", "")
     for mistake in exercise.mistakes:
         if compare(answer, mistake.answer, exercise.tolerance).agrees:
             return Verdict("wrong", mistake.message)
     problem = compare(answer, exercise.solution, exercise.tolerance, "your answer").problem
-    return Verdict("wrong", f"{_capitalised(problem)}." if problem else f"{answer!r} is not it.")
+    return Verdict("wrong", f"{_capitalised(problem)}." if problem else f"{answer!r} is not the answer.")
 
 
 def _judge_function(exercise: Exercise, answer: Any, seed: int) -> Verdict:
@@ -63,16 +63,14 @@ def _judge_function(exercise: Exercise, answer: Any, seed: int) -> Verdict:
             trials.append(_call(answer, arguments))
         except NotImplementedError:
             return _unattempted()
-        except Exception as error:  # whatever the learner's code raises is the answer's error, not ours
+        except Exception as error:  # whatever the learner's code raises is an error in the answer, not here
             return Verdict("error", _where(error, answer, arguments))
     if all(trial.result is None or trial.result is ... for trial in trials):
         if _is_unwritten(answer):
             return _unattempted()
-        return Verdict("wrong", "Your function gives nothing back: does it end with `return`?")
+        return Verdict("wrong", "Your function returns None: does it end with `return`?")
     if exercise.starter is not None and _behaves_like(exercise.starter, trials, exercise.tolerance):
-        return Verdict(
-            "not attempted", "This still does what the given code does. Find its mistake and mend it."
-        )
+        return Verdict("not attempted", "This still behaves like the given code. Find its bug and fix it.")
     comparisons = [
         compare(trial.result, _call(exercise.solution, trial.arguments).result, exercise.tolerance)
         for trial in trials
@@ -86,21 +84,24 @@ def _judge_function(exercise: Exercise, answer: Any, seed: int) -> Verdict:
             try:
                 check_pieces(Pieces(**{exercise.answer_name: answer}))
             except PieceError as error:
-                return Verdict("wrong", f"Right so far, but lesson 6's model could not use it: {error}")
-        return Verdict("right", f"Right, on {len(trials)} random inputs.")
+                return Verdict(
+                    "wrong", f"The values are right, but the model of lesson 6 cannot use it: {error}"
+                )
+        return Verdict("right", f"Checked on {len(trials)} random inputs.")
     for mistake in exercise.mistakes:
         if _behaves_like(mistake.answer, trials, exercise.tolerance):
             return Verdict("wrong", mistake.message)
     problem = next((comparison.problem for comparison in comparisons if comparison.problem), "")
     if problem:
         return Verdict("wrong", f"{_capitalised(problem)}.")
-    share = sum(comparison.right for comparison in comparisons) / sum(
-        comparison.total for comparison in comparisons
-    )
-    outcome = f"{sum(c.agrees for c in comparisons)} of {len(trials)} random inputs come out right."
-    if all(comparison.total == 1 for comparison in comparisons):  # a number a case: nothing to say of shapes
+    agreeing = sum(comparison.agrees for comparison in comparisons)
+    outcome = f"Your function is right on {agreeing} of {len(trials)} random inputs."
+    if all(comparison.total == 1 for comparison in comparisons):  # one number per case has no shape
         return Verdict("wrong", outcome)
-    return Verdict("wrong", f"The shapes are right, and {share:.0%} of the values; {outcome}")
+    right = sum(comparison.right for comparison in comparisons)
+    percent = 100 * right // sum(comparison.total for comparison in comparisons)  # 100 only if all are right
+    share = f"only {percent}%" if right else "none"
+    return Verdict("wrong", f"The shapes are right, but {share} of the values are. {outcome}")
 
 
 def _capitalised(sentence: str) -> str:
@@ -108,7 +109,7 @@ def _capitalised(sentence: str) -> str:
 
 
 def _unattempted() -> Verdict:
-    return Verdict("not attempted", "Replace the ... with your code and run the cell again.")
+    return Verdict("not attempted", "Replace `...` with your code and run the cell again.")
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> _Trial:
@@ -118,11 +119,11 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> _Trial:
 
 
 def _behaves_like(function: Callable[..., Any], trials: list[_Trial], tolerance: float) -> bool:
-    """Whether `function` returns, or raises instead of, what was returned in every trial."""
+    """Whether `function` returns what the answer returned, in every trial."""
     for trial in trials:
         try:
             expected = _call(function, trial.arguments).result
-        except Exception:  # a mistake may crash on some inputs; then it is not the learner's, whose code ran
+        except Exception:  # the learner's code did not crash here, so it is another mistake
             return False
         if not compare(trial.result, expected, tolerance).agrees:
             return False
@@ -130,7 +131,7 @@ def _behaves_like(function: Callable[..., Any], trials: list[_Trial], tolerance:
 
 
 def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments that the learner may spoil; a generator's copy draws the same numbers."""
+    """Copies that the learner may overwrite; a generator's copy draws the same numbers."""
     return tuple(
         argument.clone_state() if isinstance(argument, torch.Generator)
         else argument.detach().clone().requires_grad_(argument.requires_grad) if isinstance(argument, Tensor)
@@ -140,7 +141,7 @@ def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _same(given: Any, before: Any) -> bool:
-    """Whether tensors, and lists, tuples and dictionaries of them, are as they were."""
+    """Whether tensors, and lists, tuples and dictionaries of them, are unchanged."""
     if type(given) is not type(before):
         return False
     if isinstance(before, Tensor):
@@ -153,19 +154,19 @@ def _same(given: Any, before: Any) -> bool:
 
 
 def _is_unwritten(answer: Any) -> bool:
-    """Whether a function's body is a docstring and `...` at most."""
+    """Whether a function's body is at most a docstring and `...`."""
     code = getattr(answer, "__code__", None)
 
     def empty() -> None:
-        """What an empty body compiles to."""
+        """Compiles to the code of an empty body."""
 
     return code is not None and code.co_code == empty.__code__.co_code
 
 
 def _where(error: Exception, answer: Any, arguments: tuple[Any, ...]) -> str:
-    """The error, the line of the learner's code that raised it, and the inputs' shapes."""
+    """The error, the line of the learner's code that raised it, and the shapes of the inputs."""
     file = getattr(getattr(answer, "__code__", None), "co_filename", None)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     line = f' in the line "{frames[-1].line}"' if frames and frames[-1].line else ""
     inputs = ", ".join(map(describe, arguments))
-    return f"{type(error).__name__}{line}: {str(error).rstrip('.')}. The inputs were {inputs}."
+    return f"{type(error).__name__}{line}: {str(error).rstrip('.')}. Inputs: {inputs}."

@@ -1,4 +1,4 @@
-"""Exercises of lesson 00, start here: small ones, that show how exercises answer."""
+"""Exercises of lesson 00, start here: small ones that show how exercises work."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 _CHOICES = Exercise(
     key="00.1",
     title="How many choices?",
-    task="Six words choose two experts each, of four. How many choices does that make? Run the cell as it is, then "
-    "with a wrong number, then with the right one, and read the three answers.",
+    task="Six words each choose two of four experts. How many choices is that? Run the cell as it is, then with a "
+    "wrong number, then with the right one, and read the three replies.",
     difficulty="easy",
     importance="helpful",
     minutes=2,
     solution=12,
     mistakes=(
-        Mistake(6, "That is one choice a word. Each word makes two."),
-        Mistake(24, "That is every word with every expert. A word visits only two of the four."),
-        Mistake(8, "You counted two choices an expert. It is the words that choose."),
+        Mistake(6, "That is one choice per word. Each word makes two."),
+        Mistake(24, "That counts every word with every expert. A word visits only two of the four."),
+        Mistake(8, "You counted two choices per expert. It is the words that choose."),
     ),
     hints=("How many choices does one word make?", "Two choices for each of six words."),
 )
 
 
 def gate(score: float, other_score: float) -> float:
-    """Two scores to the gate of the first expert, between 0 and 1."""
+    """The gate of the first expert, between 0 and 1, from the scores of both."""
     mine, other = math.exp(score), math.exp(other_score)
     return mine / (mine + other)
 
@@ -76,25 +76,24 @@ _GATE = Exercise(
         ),
         Mistake(
             _gate_as_ratio,
-            "You divided the first by the other: that says how many times as large it is. A share is a part of the "
-            "sum of both.",
+            "You divided the first by the other: that is a ratio. A share is a part of the sum of both.",
         ),
         Mistake(_gate_not_shared, "Almost: divide by the sum of both, so that the two gates add up to 1."),
     ),
     hints=(
-        "Two numbers, `math.exp(score)` and `math.exp(other_score)`. What share has the first of their sum?",
+        "Two numbers, `math.exp(score)` and `math.exp(other_score)`. What share of their sum is the first?",
         "`mine / (mine + other)`",
     ),
 )
 
 
 def busiest_expert(load: Tensor) -> int:
-    """load [E], how many words chose each expert, to the number of the busiest one."""
+    """load [E], the number of words that chose each expert -> the number of the busiest expert."""
     return int(load.argmax())
 
 
 def _busiest_load(load: Tensor) -> int:
-    """load [E], how many words chose each expert, to the number of the busiest one."""
+    """load [E], the number of words that chose each expert -> the number of the busiest expert."""
     return int(load.max())
 
 
@@ -113,9 +112,9 @@ def _counted_from_1(load: Tensor) -> int:
 
 _BUSIEST = Exercise(
     key="00.3",
-    title="Mend it",
-    task="`busiest_expert` should say *which* expert is the busiest. It says something else. Try it on "
-    "`torch.tensor([1, 9, 4])`, where the answer is 1, then mend it.",
+    title="Fix it",
+    task="`busiest_expert` should return *which* expert is the busiest. It returns something else. Try it on "
+    "`torch.tensor([1, 9, 4])`, where the answer is 1, then fix it.",
     difficulty="easy",
     importance="helpful",
     minutes=2,
@@ -123,12 +122,12 @@ _BUSIEST = Exercise(
     starter=_busiest_load,
     draw=_draw_load,
     mistakes=(
-        Mistake(_idlest_expert, "That is the one with the least to do."),
+        Mistake(_idlest_expert, "That is the least busy expert."),
         Mistake(_counted_from_1, "Experts are numbered from 0, as in all of Python."),
     ),
     hints=(
-        "`max` gives the largest value. You want the place where it stands.",
-        "`load.argmax()` is that place.",
+        "`max` gives the largest value. You want its position.",
+        "`load.argmax()` is that position.",
     ),
 )
 

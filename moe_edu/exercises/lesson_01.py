@@ -17,7 +17,7 @@ def _integers(generator: torch.Generator, low: int, high: int, count: int) -> li
 
 
 def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """hidden [T, D], weight [D], bias [D] to [T, D]; epsilon is 1e-5."""
+    """hidden [T, D], weight [D], bias [D] -> [T, D]; epsilon is 1e-5."""
     mean = hidden.mean(dim=1, keepdim=True)
     variance = hidden.var(dim=1, correction=0, keepdim=True)
     return (hidden - mean) / torch.sqrt(variance + 1e-5) * weight + bias
@@ -61,17 +61,21 @@ _LAYER_NORM = Exercise(
     mistakes=(
         Mistake(
             _norm_over_words,
-            "You took mean and variance over the words. A word must not depend on its neighbours here: use its own D "
-            "features.",
+            "You took the mean and the variance over the words. A word must not depend on its neighbours here: use "
+            "its own D features.",
         ),
         Mistake(
             _norm_by_n_minus_1,
-            "Nearly: `var` divides by D - 1 unless told otherwise, and layer norm divides by D.",
+            "Almost: `var` divides by D - 1 by default, but layer norm divides by D.",
         ),
         Mistake(
-            _norm_by_variance, "You divided by the variance. Its square root has the unit of the features."
+            _norm_by_variance,
+            "You divided by the variance. Its square root has the same unit as the features.",
         ),
-        Mistake(_norm_without_weight, "The norm is right. Now scale it by `weight` and shift it by `bias`."),
+        Mistake(
+            _norm_without_weight,
+            "The normalisation is right. Now scale it by `weight` and shift it by `bias`.",
+        ),
     ),
     hints=(
         "Which dimension holds the features of one word? Keep it, so that subtracting works row by row.",
@@ -83,7 +87,7 @@ _LAYER_NORM = Exercise(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """query [L, D], key [S, D], value [S, D] to [L, D]: one head of attention."""
+    """query [L, D], key [S, D], value [S, D] -> [L, D]: one head of attention."""
     scores = query @ key.T / query.shape[1] ** 0.5
     return scores.softmax(dim=1) @ value
 
@@ -113,8 +117,9 @@ def _attend_to_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 _ATTEND = Exercise(
     key="01.2",
     title="One head of attention",
-    task="Write `attend`: score each query against each key, by their dot product over the root of D. A softmax over "
-    "the keys makes weights of a query's scores, and with these the query mixes the values.",
+    task="Write `attend`: score each query against each key by their dot product, divided by the square root of D. A "
+    "softmax over the keys turns a query's scores into weights, and the query's output is the weighted sum of the "
+    "values.",
     difficulty="medium",
     importance="important",
     minutes=8,
@@ -123,17 +128,17 @@ _ATTEND = Exercise(
     mistakes=(
         Mistake(
             _attend_unscaled,
-            "Your scores grow with D, and the softmax hardens with them: divide by the root of D.",
+            "Your scores grow with D, which makes the softmax sharper: divide by the square root of D.",
         ),
         Mistake(
             _attend_over_queries,
-            "Your softmax runs over the queries. Each query's weights over the keys have to sum to 1.",
+            "Your softmax runs over the queries. Each query's weights over the keys must sum to 1.",
         ),
         Mistake(_attend_to_keys, "You mixed the keys. Keys say whom to listen to, values what is said."),
     ),
     hints=(
-        "All scores at once are one product: [L, D] with [D, S].",
-        "Then `softmax` over the last dimension, and a product with `value`.",
+        "One product gives all scores: [L, D] times [D, S].",
+        "Then take the `softmax` over the last dimension and multiply by `value`.",
     ),
 )
 
@@ -141,7 +146,7 @@ _ATTEND = Exercise(
 
 
 def sparse_layer_size(d_model: int, ffn_dim: int, num_experts: int) -> tuple[int, int]:
-    """Sizes to (stored, used by one token): parameters of a top-2 sparse layer, router included."""
+    """Parameters of a top-2 sparse layer, router included: (stored, used by one token)."""
     router = d_model * num_experts
     expert = 2 * d_model * ffn_dim + ffn_dim + d_model
     return router + num_experts * expert, router + 2 * expert
@@ -179,7 +184,7 @@ _SIZE = Exercise(
     solution=sparse_layer_size,
     draw=_draw_sizes,
     mistakes=(
-        Mistake(_size_without_biases, "Experts have biases, F of them inside and D at the end."),
+        Mistake(_size_without_biases, "Experts have biases, F of them inside and D at the output."),
         Mistake(_size_without_router, "You left the router out: one row of D weights for each expert."),
         Mistake(
             _size_with_two_scores,
@@ -197,7 +202,7 @@ _SIZE = Exercise(
 
 
 def sparse_ffn(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, int]:
-    """hidden [T, D], expert_index [T], w1 [E, F, D], w2 [E, D, F] to (output [T, D], rows multiplied)."""
+    """hidden [T, D], expert_index [T], w1 [E, F, D], w2 [E, D, F] -> (output [T, D], rows multiplied)."""
     output, rows = torch.zeros_like(hidden), 0
     for expert in range(len(w1)):
         mine = expert_index == expert
@@ -207,7 +212,7 @@ def sparse_ffn(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Tensor) -> 
 
 
 def _draw_layer(generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Nobody chooses one of the experts, and its weights spoil whatever is multiplied with them."""
+    """One expert is chosen by no word, and its infinite weights spoil whatever is multiplied by them."""
     T, D, F_, E = _integers(generator, 3, 8, 4)
     idle = _integers(generator, 0, E, 1)[0]
     w1 = torch.randn(E, F_, D, generator=generator)
@@ -222,7 +227,7 @@ def _draw_layer(generator: torch.Generator) -> tuple[Tensor, ...]:
 
 
 def _every_expert_works(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, int]:
-    """hidden [T, D], expert_index [T], w1 [E, F, D], w2 [E, D, F] to (output [T, D], rows multiplied)."""
+    """hidden [T, D], expert_index [T], w1 [E, F, D], w2 [E, D, F] -> (output [T, D], rows multiplied)."""
     output, rows = torch.zeros_like(hidden), 0
     for expert in range(len(w1)):
         everything = F.relu(hidden @ w1[expert].T) @ w2[expert].T
@@ -232,7 +237,7 @@ def _every_expert_works(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Te
     return output, rows
 
 
-def _only_the_count_is_mended(
+def _only_the_count_is_fixed(
     hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Tensor
 ) -> tuple[Tensor, int]:
     return _every_expert_works(hidden, expert_index, w1, w2)[0], len(hidden)
@@ -250,8 +255,8 @@ def _one_expert_for_all(hidden: Tensor, expert_index: Tensor, w1: Tensor, w2: Te
 _SPARSE = Exercise(
     key="01.4",
     title="Real bug: every expert works for everybody",
-    task="The output is right, and all savings are gone. Mend `sparse_ffn`: an expert multiplies only the "
-    "words that chose it, and `rows` counts them.",
+    task="The output is right, but all savings are gone. Fix `sparse_ffn`: each expert multiplies only the words "
+    "that chose it, and `rows` counts them.",
     difficulty="medium",
     importance="essential",
     minutes=8,
@@ -261,18 +266,18 @@ _SPARSE = Exercise(
     draw=_draw_layer,
     mistakes=(
         Mistake(
-            _only_the_count_is_mended,
-            "Your count is right, and every expert still multiplies every word. Here an expert that nobody chose has "
+            _only_the_count_is_fixed,
+            "Your count is right, but every expert still multiplies every word. Here an expert that nobody chose has "
             "infinite weights, and infinity times 0 is nan: pick the rows before the product.",
         ),
         Mistake(
             _without_relu,
-            "The relu between the two products is gone, and without it an expert is one matrix.",
+            "The relu between the two products is gone; without it an expert is just one matrix.",
         ),
         Mistake(_one_expert_for_all, "All words went to expert 0: use `expert_index`."),
     ),
     hints=(
-        "Pick the rows first, multiply then: a boolean mask picks rows of `hidden`.",
+        "Pick the rows first, then multiply: a boolean mask picks rows of `hidden`.",
         "`output[mine] = ...` writes back to the rows that `mine` picked. `mine.sum()` counts them.",
     ),
 )
@@ -281,12 +286,12 @@ _SPARSE = Exercise(
 
 
 def sparse_layers(num_layers: int, sparse_step: int) -> list[int]:
-    """Sizes to the 0-based numbers of the layers that have experts."""
+    """The 0-based numbers of the layers that have experts."""
     return [layer for layer in range(num_layers) if sparse_step > 0 and (layer + 1) % sparse_step == 0]
 
 
 def _remainder_one(num_layers: int, sparse_step: int) -> list[int]:
-    """Sizes to the 0-based numbers of the layers that have experts."""
+    """The 0-based numbers of the layers that have experts."""
     return [layer for layer in range(num_layers) if sparse_step > 0 and layer % sparse_step == 1]
 
 
@@ -328,7 +333,7 @@ _STEP = Exercise(
         Mistake(_counted_from_1, "Right layers, but counted from 1: the first layer is number 0."),
         Mistake(
             _patched,
-            "That is the patch of the pull request: right for steps 1 and 2. With a step of 4 it takes layers 1, 5, 9; "
+            "That is the pull request's patch: right for steps 1 and 2. With a step of 4 it takes layers 1, 5, 9; "
             "NLLB-MoE takes 3, 7, 11.",
         ),
     ),

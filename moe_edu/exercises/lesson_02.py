@@ -19,7 +19,7 @@ def _draw_logits(generator: torch.Generator) -> tuple[Tensor]:
 
 
 def second_choice(logits: Tensor) -> Tensor:
-    """logits [T, E] to [T] int64: the best expert of each token after its first choice."""
+    """logits [T, E] -> [T] int64: the best expert of each token after its first choice."""
     first = logits.argmax(dim=1, keepdim=True)
     return logits.scatter(1, first, -torch.inf).argmax(dim=1)
 
@@ -36,7 +36,7 @@ def _second_of_reversed(logits: Tensor) -> Tensor:
 _SECOND_CHOICE = Exercise(
     key="02.1",
     title="The runner-up",
-    task="Write `second_choice`: for each token the best expert but its first. Leave `logits` as they are.",
+    task="Write `second_choice`: each token's best expert other than its first choice. Leave `logits` unchanged.",
     difficulty="easy",
     importance="essential",
     minutes=5,
@@ -45,7 +45,8 @@ _SECOND_CHOICE = Exercise(
     mistakes=(
         Mistake(
             _second_after_zero,
-            "You put 0 in the place of the first choice, and 0 beats every negative logit. What loses against all?",
+            "You replaced the logit of the first choice by 0, and 0 beats every negative logit. Which value loses to "
+            "all others?",
         ),
         Mistake(_second_of_reversed, "You sorted from low to high, so yours is the second worst."),
     ),
@@ -57,12 +58,12 @@ _SECOND_CHOICE = Exercise(
 
 
 def top2_choices(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [T, E] to (probs [T, E], expert_index [T, 2] int64: the first choice, then the second)."""
+    """logits [T, E] -> (probs [T, E], expert_index [T, 2] int64: the first choice, then the second)."""
     return logits.softmax(dim=1), logits.topk(2, dim=1).indices
 
 
 def _draw_sure_logits(generator: torch.Generator) -> tuple[Tensor]:
-    """Every other case or so has a router so sure that its other probabilities underflow to 0."""
+    """In about half of the cases the router is so sure that all other probabilities underflow to 0."""
     (logits,) = _draw_logits(generator)
     sure = torch.rand((), generator=generator) < 0.5
     return (logits * (300 if sure else 1),)
@@ -95,9 +96,9 @@ def _second_choice_first(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 _TOP2_CHOICES = Exercise(
     key="02.2",
-    title="Two choices a token",
-    task="Write `top2_choices`: the probabilities over all experts, and each token's two best experts, the best first. "
-    "It must hold even where a router is so sure that all other probabilities round to 0.",
+    title="Two choices per token",
+    task="Write `top2_choices`: the probabilities over all experts, and each token's two best experts, the best "
+    "first. It must be right even where the router is so sure that all other probabilities round to 0.",
     difficulty="medium",
     importance="essential",
     minutes=8,
@@ -107,8 +108,8 @@ _TOP2_CHOICES = Exercise(
     mistakes=(
         Mistake(
             _softmax_over_tokens,
-            "Your softmax runs over the tokens: each column adds up to 1. It is each token that divides itself among "
-            "the experts.",
+            "Your softmax runs over the tokens: each column adds up to 1. Each token's probabilities over the "
+            "experts must add up to 1.",
         ),
         Mistake(
             _choices_of_probs,
@@ -118,23 +119,23 @@ _TOP2_CHOICES = Exercise(
         Mistake(
             _topk_of_probs,
             "You take the two best probabilities. Where the router is very sure, all but one are 0 in float32, and "
-            "which zero is second is chance. What has not underflowed?",
+            "which of the zeros comes second is arbitrary. What has not underflowed?",
         ),
         Mistake(
             _probs_of_two,
-            "These are gates: a softmax over the two chosen experts alone. `probs` is over all E experts.",
+            "These are gates: a softmax over the two chosen experts only. `probs` is over all E experts.",
         ),
         Mistake(_second_choice_first, "Your columns are the wrong way round: the first choice comes first."),
     ),
     hints=(
-        "Probabilities come from a softmax along the experts, dimension 1. The order of the logits is the same.",
+        "Probabilities come from a softmax over the experts, dimension 1. It keeps the order of the logits.",
         "Choose from the logits, not from the probabilities: `logits.topk(2, dim=1)` has values and indices.",
     ),
 )
 
 
 def gates_before_dropping(probs: Tensor, expert_index: Tensor, kept: Tensor) -> Tensor:
-    """probs [T, E], expert_index [T, 2], kept [T, 2] bool to gates [T, 2], normalised before dropping."""
+    """probs [T, E], expert_index [T, 2], kept [T, 2] bool -> gates [T, 2], normalised before dropping."""
     chosen = probs.gather(1, expert_index)
     return chosen / chosen.sum(dim=1, keepdim=True) * kept
 
@@ -162,8 +163,8 @@ def _gates_of_the_dropped_too(probs: Tensor, expert_index: Tensor, kept: Tensor)
 _GATES = Exercise(
     key="02.3",
     title="Normalise before dropping",
-    task="Write `gates_before_dropping`: gates that are normalised *before* dropping. A token's two chosen "
-    "probabilities, each over their sum; then a choice that was not kept gets 0.",
+    task="Write `gates_before_dropping`: gates that are normalised *before* dropping. Divide a token's two chosen "
+    "probabilities by their sum; then set choices that were not kept to 0.",
     difficulty="easy",
     importance="important",
     minutes=6,
@@ -172,12 +173,11 @@ _GATES = Exercise(
     mistakes=(
         Mistake(
             _gates_after_dropping,
-            "That is normalised after dropping: your lone survivors have a gate of 1. Divide by the sum of both, kept "
-            "or not.",
+            "You normalised after dropping: a lone survivor has a gate of 1. Divide by the sum of both, kept or not.",
         ),
         Mistake(_gates_not_normalised, "These are the raw probabilities: divide them by the sum of the two."),
         Mistake(
-            _gates_of_the_dropped_too, "The shares are right, but a choice that was dropped has a gate of 0."
+            _gates_of_the_dropped_too, "The shares are right, but a dropped choice must have a gate of 0."
         ),
     ),
     hints=(
@@ -188,7 +188,7 @@ _GATES = Exercise(
 
 
 def sample_second(logits: Tensor, u: Tensor) -> Tensor:
-    """logits [T, E], u [T, E] uniform in (0, 1), to [T] int64: a second expert, by Gumbel noise."""
+    """logits [T, E], u [T, E] uniform in (0, 1) -> [T] int64: a second expert, sampled with Gumbel noise."""
     first = logits.argmax(dim=1, keepdim=True)
     noisy = logits - torch.log(-torch.log(u))
     return noisy.scatter(1, first, -torch.inf).argmax(dim=1)
@@ -215,7 +215,7 @@ def _second_with_noise_of_wrong_sign(logits: Tensor, u: Tensor) -> Tensor:
     return (logits + torch.log(-torch.log(u))).scatter(1, first, -torch.inf).argmax(dim=1)
 
 
-def _second_behind_noisy_first(logits: Tensor, u: Tensor) -> Tensor:
+def _second_after_noisy_first(logits: Tensor, u: Tensor) -> Tensor:
     noisy = logits - torch.log(-torch.log(u))
     return noisy.topk(2, dim=1).indices[:, 1]
 
@@ -223,8 +223,8 @@ def _second_behind_noisy_first(logits: Tensor, u: Tensor) -> Tensor:
 _SAMPLE_SECOND = Exercise(
     key="02.4",
     title="Draw the second expert",
-    task="Write `sample_second`: add Gumbel noise made from `u` to the logits, and take the best expert but the first. "
-    "The first choice is not drawn: it comes from the clean logits.",
+    task="Write `sample_second`: add Gumbel noise made from `u` to the logits, and take the best expert other than "
+    "the first choice. The first choice is not drawn: it comes from the clean logits.",
     difficulty="medium",
     importance="important",
     minutes=8,
@@ -244,19 +244,20 @@ _SAMPLE_SECOND = Exercise(
             "The sign of the noise is wrong: it is minus the logarithm of minus the logarithm.",
         ),
         Mistake(
-            _second_behind_noisy_first,
-            "Your first choice is noisy, too, so its runner-up is another. Find the first in the clean logits.",
+            _second_after_noisy_first,
+            "Your first choice is noisy too, so its runner-up may differ. Find the first choice in the clean logits.",
         ),
     ),
     hints=(
-        "Three steps: the first choice from `logits`, noisy scores, then the best of the scores without the first.",
-        "`noisy = logits - torch.log(-torch.log(u))`; hide the first with `scatter` and `-torch.inf`.",
+        "Three steps: the first choice from `logits`, noisy scores, then the best of those scores without the first "
+        "choice.",
+        "`noisy = logits - torch.log(-torch.log(u))`; hide the first choice with `scatter` and `-torch.inf`.",
     ),
 )
 
 
 def give_up_unlikely(probs: Tensor, expert_index: Tensor, u: Tensor) -> Tensor:
-    """probs [T, E], expert_index [T, 2], u [T] uniform to expert_index, -1 for a choice given up."""
+    """probs [T, E], expert_index [T, 2], u [T] uniform -> expert_index, -1 for a choice given up."""
     second = expert_index[:, 1]
     p2 = probs.gather(1, expert_index)[:, 1]
     return torch.stack([expert_index[:, 0], second.where(2 * p2 > u, -1)], dim=1)
@@ -292,8 +293,8 @@ def _give_up_the_likely(probs: Tensor, expert_index: Tensor, u: Tensor) -> Tenso
 _GIVE_UP = Exercise(
     key="02.5",
     title="GShard's thrift",
-    task="Write `give_up_unlikely`, the policy `random`: keep a token's second choice only if $2 p_2 > u$, with its "
-    "raw probability $p_2$. Put -1 where it is given up.",
+    task="Write `give_up_unlikely`, the policy `random`: keep a token's second choice only if $2 p_2 > u$, where "
+    "$p_2$ is its raw probability. Put -1 where it is given up.",
     difficulty="medium",
     importance="important",
     minutes=8,
@@ -303,26 +304,28 @@ _GIVE_UP = Exercise(
         Mistake(_give_up_without_factor, "You compare p2 itself with u. GShard is kinder: it compares 2 p2."),
         Mistake(
             _give_up_by_gate,
-            "You compare the gate, p2 / (p1 + p2). The raw p2 decides: a share of very little is very little.",
+            "You compare the gate, p2 / (p1 + p2). The raw p2 decides: even a large share of a small probability is "
+            "small.",
         ),
         Mistake(
             _give_up_to_expert_0,
-            "You send given-up choices to expert 0, who has not been chosen and would be counted as if. Nobody is -1.",
+            "You send given-up choices to expert 0, which was not chosen but would be counted. Use -1 for no expert.",
         ),
         Mistake(
             _give_up_the_likely,
-            "You keep the unlikely ones and give up the likely: turn the comparison round.",
+            "You keep the unlikely ones and give up the likely: reverse the comparison.",
         ),
     ),
     hints=(
         "`probs.gather(1, expert_index)` is [T, 2]; its second column is p2.",
-        "`second.where(condition, -1)` keeps where the condition holds. Then `torch.stack` both columns, dim=1.",
+        "`second.where(condition, -1)` keeps a value where the condition holds. Then `torch.stack` both columns, "
+        "dim=1.",
     ),
 )
 
 
 def gate_gradient(logits: Tensor) -> Tensor:
-    """logits [T, E] to [T, E]: gradient of each token's first gate, normalised over two choices."""
+    """logits [T, E] -> [T, E]: gradient of each token's first gate, normalised over two choices."""
     best = logits.topk(2, dim=1)
     g1, g2 = best.values.softmax(dim=1).unbind(dim=1)
     slope = g1 * g2
@@ -346,8 +349,8 @@ def _gradient_of_second_gate(logits: Tensor) -> Tensor:
 _GATE_GRADIENT = Exercise(
     key="02.6",
     title="What the router can learn",
-    task="Write `gate_gradient`: the derivative of each token's first gate, $g_1 = p_1 / (p_1 + p_2)$, by its logits, "
-    "as a formula. The last line of section 5's output is one row of it.",
+    task="Write `gate_gradient`: the derivative of each token's first gate, $g_1 = p_1 / (p_1 + p_2)$, with respect "
+    "to its logits, as a formula. The last line of section 5's output is one row of it.",
     difficulty="medium",
     importance="helpful",
     minutes=10,
@@ -376,8 +379,8 @@ _GATE_GRADIENT = Exercise(
 _KEPT_BY_CHANCE = Exercise(
     key="02.7",
     title="How often is a second choice kept?",
-    task="A word has probabilities 0.20, 0.41, 0.16 and 0.23. How probable is it that the policy `random` "
-    "keeps its second choice? Give two decimals.",
+    task="A word has probabilities 0.20, 0.41, 0.16 and 0.23. What is the probability that the policy `random` keeps "
+    "its second choice? Give two decimals.",
     difficulty="easy",
     importance="helpful",
     minutes=2,
@@ -385,12 +388,12 @@ _KEPT_BY_CHANCE = Exercise(
     tolerance=0.012,
     mistakes=(
         Mistake(0.23, "That is p2. GShard keeps the choice if 2 p2 > u."),
-        Mistake(0.36, "That is the gate, p2 / (p1 + p2). The raw probability decides, twice over."),
+        Mistake(0.36, "That is the gate, p2 / (p1 + p2). The raw probability decides, doubled."),
         Mistake(0.82, "That is twice p1. The second choice is the runner-up."),
         Mistake(1.0, "A runner-up has at most 0.5, so only a perfect tie would always be kept."),
     ),
     hints=(
-        "How probable is it that a uniform number between 0 and 1 is below x?",
+        "What is the probability that a uniform number between 0 and 1 is below x?",
         "It is x itself. Here x is 2 p2.",
     ),
 )

@@ -12,7 +12,7 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 
 
 def training_capacity(num_tokens: int, num_experts: int, factor: float) -> int:
-    """Slots in each expert: the even share, rounded up, times 2 choices and the factor, rounded up."""
+    """Slots in each expert: the even share, rounded up, times 2 choices and the factor, rounded up again."""
     return math.ceil(factor * 2 * math.ceil(num_tokens / num_experts))
 
 
@@ -37,8 +37,8 @@ def _capacity_rounded_once(num_tokens: int, num_experts: int, factor: float) -> 
 _CAPACITY = Exercise(
     key="03.1",
     title="How many slots?",
-    task="Write `training_capacity`, the slots of an expert in training: an even share of the tokens, rounded up, "
-    "times the two choices and the capacity factor; then round up once more.",
+    task="Write `training_capacity`, the number of slots per expert in training: an even share of the tokens, "
+    "rounded up, times the two choices and the capacity factor; then round up once more.",
     difficulty="easy",
     importance="essential",
     minutes=4,
@@ -64,7 +64,7 @@ _CAPACITY = Exercise(
 
 
 def smallest_capacity(expert_index: Tensor, num_experts: int) -> int:
-    """expert_index [T, 2] to the smallest capacity at which every choice finds room."""
+    """expert_index [T, 2] -> the smallest capacity at which every choice finds room."""
     return int(torch.bincount(expert_index.flatten(), minlength=num_experts).max())
 
 
@@ -91,8 +91,8 @@ def _capacity_as_last_position(expert_index: Tensor, num_experts: int) -> int:
 _SMALLEST = Exercise(
     key="03.2",
     title="Room for everybody",
-    task="Write `smallest_capacity`: how many slots each expert needs at least, the same number for all, so that this "
-    "batch drops no choice at all.",
+    task="Write `smallest_capacity`: the smallest number of slots per expert, the same for all experts, at which "
+    "this batch drops no choice.",
     difficulty="easy",
     importance="important",
     minutes=4,
@@ -108,7 +108,7 @@ _SMALLEST = Exercise(
         ),
         Mistake(
             _capacity_as_last_position,
-            "One too few: that is the last position in the longest queue, and positions begin at 0.",
+            "One too few: that is the last position in the longest queue, and positions start at 0.",
         ),
     ),
     hints=(
@@ -119,7 +119,7 @@ _SMALLEST = Exercise(
 
 
 def queue_positions(expert_index: Tensor, num_experts: int) -> Tensor:
-    """expert_index [T, 2] to position [T, 2] int64, from 0; -1 in both where there is no choice."""
+    """expert_index [T, 2] -> position [T, 2] int64, from 0; -1 in both where there is no choice."""
     one_hot = F.one_hot(expert_index + 1, num_experts + 1)[..., 1:]  # no choice is a row of zeros
     first, second = one_hot.unbind(dim=1)
     before_first = first.cumsum(0) - first
@@ -163,8 +163,8 @@ def _positions_of_nobody(expert_index: Tensor, num_experts: int) -> Tensor:
 _POSITIONS = Exercise(
     key="03.3",
     title="Stand in line",
-    task="Write `queue_positions`: each choice's place in its expert's queue, from 0. All first choices stand before "
-    "any second choice; within each, tokens keep their order. A missing choice (-1) has position -1.",
+    task="Write `queue_positions`: each choice's place in its expert's queue, from 0. All first choices come before "
+    "any second choice; within each group, tokens keep their order. A missing choice (-1) has position -1.",
     difficulty="hard",
     importance="essential",
     minutes=15,
@@ -174,7 +174,7 @@ _POSITIONS = Exercise(
     mistakes=(
         Mistake(
             _positions_from_one,
-            "Your positions begin at 1. A cumulative sum counts the token itself: take it off.",
+            "Your positions start at 1. A cumulative sum counts the token itself: subtract it.",
         ),
         Mistake(
             _positions_token_by_token,
@@ -183,15 +183,17 @@ _POSITIONS = Exercise(
         ),
         Mistake(
             _positions_in_two_queues,
-            "Your second choices begin at 0 again. They stand behind all the first choices of their expert.",
+            "Your second choices start at 0 again. They come after all the first choices of their expert.",
         ),
         Mistake(
-            _positions_of_nobody, "A missing choice should have position -1; yours has 0, the best seat."
+            _positions_of_nobody,
+            "A missing choice should have position -1; yours has 0, the first place in the queue.",
         ),
     ),
     hints=(
         "`F.one_hot(expert_index + 1, num_experts + 1)[..., 1:]` is [T, 2, E], with zeros for a missing choice.",
-        "Before a first choice stand `first.cumsum(0) - first`; before a second `first.sum(0)` more.",
+        "`first.cumsum(0) - first` choices are ahead of a first choice; for a second choice, add all of "
+        "`first.sum(0)`.",
         "Multiply these counts by the one-hot rows and sum over the experts; then put -1 where the index is -1.",
     ),
 )
@@ -200,7 +202,7 @@ _POSITIONS = Exercise(
 def keep_and_weigh(
     probs: Tensor, expert_index: Tensor, position: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """probs [T, E], expert_index and position [T, 2] (-1: none) to (kept [T, 2] bool, gates [T, 2])."""
+    """probs [T, E], expert_index and position [T, 2] (-1: none) -> (kept [T, 2] bool, gates [T, 2])."""
     kept = (position >= 0) & (position < capacity)
     chosen = probs.gather(1, expert_index.clamp(min=0)) * kept
     total = chosen.sum(dim=1, keepdim=True)
@@ -246,8 +248,8 @@ def _weigh_by_nothing(
 _KEEP = Exercise(
     key="03.4",
     title="Keep and weigh",
-    task="Write `keep_and_weigh`: which choices find room, and their gates, normalised *after* dropping: the kept "
-    "probabilities of a token over their sum. A token that lost both gets 0 and 0.",
+    task="Write `keep_and_weigh`: which choices find room, and their gates, normalised *after* dropping: a token's "
+    "kept probabilities divided by their sum. A token that lost both gets 0 and 0.",
     difficulty="medium",
     importance="essential",
     minutes=10,
@@ -255,7 +257,7 @@ _KEEP = Exercise(
     is_piece=True,
     draw=_draw_queue,
     mistakes=(
-        Mistake(_keep_one_too_many, "You keep one too many: with C slots the last good position is C - 1."),
+        Mistake(_keep_one_too_many, "You keep one too many: with C slots the last valid position is C - 1."),
         Mistake(
             _keep_what_is_missing,
             "You keep choices that were never made: their position is -1, which is below any capacity.",
@@ -264,18 +266,18 @@ _KEEP = Exercise(
             _weigh_before_dropping,
             "You divided by the sum of both choices, so a lone survivor has less than 1. Divide by what was kept.",
         ),
-        Mistake(_weigh_by_nothing, "A token that lost both choices divides 0 by 0, which is not a number."),
+        Mistake(_weigh_by_nothing, "For a token that lost both choices you divide 0 by 0, which is NaN."),
     ),
     hints=(
         "A choice is kept if its position is at least 0 and below `capacity`.",
-        "`probs.gather(1, expert_index.clamp(min=0)) * kept`: what was dropped weighs nothing.",
+        "`probs.gather(1, expert_index.clamp(min=0)) * kept`: a dropped choice has weight 0.",
         "Divide by the row's sum, but by 1 where that sum is 0.",
     ),
 )
 
 
 def first_places_by_priority(probs: Tensor) -> Tensor:
-    """probs [T, E] to [T] int64: each token's place in its first expert's queue, surest first."""
+    """probs [T, E] -> [T] int64: each token's place in its first expert's queue, most confident first."""
     first = F.one_hot(probs.argmax(dim=1), probs.shape[1])
     order = probs.amax(dim=1).argsort(descending=True, stable=True)
     queue = first[order]
@@ -299,7 +301,7 @@ def _places_not_put_back(probs: Tensor) -> Tensor:
     return _places_in_batch_order(probs[order])
 
 
-def _places_of_the_unsure_first(probs: Tensor) -> Tensor:
+def _places_of_the_least_confident_first(probs: Tensor) -> Tensor:
     first = F.one_hot(probs.argmax(dim=1), probs.shape[1])
     order = probs.amax(dim=1).argsort(stable=True)
     place = ((first[order].cumsum(0) - first[order]) * first[order]).sum(1)
@@ -308,7 +310,7 @@ def _places_of_the_unsure_first(probs: Tensor) -> Tensor:
 
 _PRIORITY = Exercise(
     key="03.5",
-    title="The surest first",
+    title="The most confident first",
     task="With batch priority, tokens queue by descending top probability. Write `first_places_by_priority`: each "
     "token's place among the first choices of its expert, returned in the *order of the batch*.",
     difficulty="hard",
@@ -323,11 +325,12 @@ _PRIORITY = Exercise(
         ),
         Mistake(
             _places_not_put_back,
-            "The places are right, but in the order of the queue: your first number belongs to the surest token, not "
-            "to the first one. Put them back.",
+            "The places are right, but in the order of the queue: your first number belongs to the most confident "
+            "token, not to the first one. Put them back.",
         ),
         Mistake(
-            _places_of_the_unsure_first, "The least sure token stands first in your queue: sort descending."
+            _places_of_the_least_confident_first,
+            "The least confident token comes first in your queue: sort in descending order.",
         ),
     ),
     hints=(
@@ -348,11 +351,12 @@ _SAME_TWO = Exercise(
     mistakes=(
         Mistake(
             0.0,
-            "Both experts together have 64 slots for 64 tokens. But who sits in expert 0, and who in expert 1?",
+            "Both experts together have 64 slots for 64 tokens. But which tokens have the slots of expert 0, and "
+            "which those of expert 1?",
         ),
-        Mistake(0.75, "That is one choice a token: the capacity counts two, 2 × 64 / 4 slots."),
-        Mistake(50, "That is in per cent. A share is from 0 to 1."),
-        Mistake(0.25, "How many slots has each expert, and do the two experts keep different tokens?"),
+        Mistake(0.75, "That is one choice per token: the capacity counts two, 2 × 64 / 4 slots."),
+        Mistake(50, "That is a percentage. A share is from 0 to 1."),
+        Mistake(0.25, "How many slots does each expert have, and do the two experts keep different tokens?"),
     ),
     hints=(
         "Each expert has 2 × 64 / 4 = 32 slots.",

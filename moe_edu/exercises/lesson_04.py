@@ -11,7 +11,7 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 
 
 def expert_starts(counts: Tensor) -> Tensor:
-    """counts [E], rows of each expert, to [E] int64: the first row of each expert."""
+    """counts [E], rows of each expert -> [E] int64: the first row of each expert."""
     return counts.cumsum(0) - counts
 
 
@@ -40,15 +40,15 @@ _STARTS = Exercise(
     draw=_draw_counts,
     mistakes=(
         Mistake(
-            _ends, "Those are the ends: expert 0 should begin at row 0. What lies before an expert's rows?"
+            _ends, "Those are the ends: expert 0 should begin at row 0. What comes before an expert's rows?"
         ),
         Mistake(
-            _starts_and_end, "One value too many: the last one is where all rows end, and nobody begins."
+            _starts_and_end, "One value too many: the last one is where the rows end; no expert begins there."
         ),
     ),
     hints=(
         "An expert begins after the rows of all experts before it.",
-        "`counts.cumsum(0)` counts an expert's own rows too. Take them off again.",
+        "`counts.cumsum(0)` counts an expert's own rows too. Subtract them again.",
     ),
 )
 
@@ -58,10 +58,10 @@ _STARTS = Exercise(
 def dispatch(
     hidden: Tensor, expert_index: Tensor, kept: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort the R kept choices by expert, within an expert by token.
+    """Sort the R kept choices by expert, and within an expert by token.
 
     hidden [T, D], expert_index [T, 2] (-1: none), kept [T, 2] bool
-    to rows [R, D], order [R] int64 (the flat choice 2 * t + k of each row), counts [E] int64.
+    -> rows [R, D], order [R] int64 (the flat choice 2 * t + k of each row), counts [E] int64.
     """
     expert = expert_index.where(kept, num_experts).flatten()
     order = expert.argsort(stable=True)[: kept.sum()]
@@ -105,7 +105,7 @@ def _dispatch_by_choice(
 _DISPATCH = Exercise(
     key="04.2",
     title="Dispatch",
-    task="Write `dispatch`: collect the rows of all kept choices, sorted by expert. Return them, for each row its flat "
+    task="Write `dispatch`: collect the rows of all kept choices, sorted by expert. Return the rows, each row's flat "
     "choice $2t+k$, and each expert's number of rows. The model you assemble in lesson 6 will use it.",
     difficulty="medium",
     importance="essential",
@@ -116,8 +116,8 @@ _DISPATCH = Exercise(
     mistakes=(
         Mistake(
             _dispatch_all,
-            "Your rows include choices that were not kept. Give those a number behind the last expert's, and cut "
-            "them off after sorting.",
+            "Your rows include choices that were not kept. Give those a number after the last expert's, and cut them "
+            "off after sorting.",
         ),
         Mistake(
             _dispatch_count_dropped,
@@ -129,7 +129,7 @@ _DISPATCH = Exercise(
         ),
     ),
     hints=(
-        "Flatten `[T, 2]`, and let choices that were not kept point to an expert behind the last one.",
+        "Flatten `[T, 2]`, and let choices that were not kept point to an extra expert after the last one.",
         "A stable argsort of the flat experts is the order; its first `kept.sum()` entries are the rows.",
         "Flat choice n belongs to token `n // 2`. `torch.bincount` with `minlength` counts.",
     ),
@@ -139,7 +139,7 @@ _DISPATCH = Exercise(
 
 
 def combine(outputs: Tensor, order: Tensor, gates: Tensor) -> Tensor:
-    """outputs [R, D], order [R] (choices 2 * t + k), gates [T, 2] to [T, D]: what each token receives."""
+    """outputs [R, D], order [R] (choices 2 * t + k), gates [T, 2] -> [T, D]: what each token receives."""
     weighted = outputs * gates.flatten()[order, None]
     return outputs.new_zeros(len(gates), outputs.shape[1]).index_add(0, order // 2, weighted)
 
@@ -169,7 +169,7 @@ def _combine_unsorted_gates(outputs: Tensor, order: Tensor, gates: Tensor) -> Te
 _COMBINE = Exercise(
     key="04.3",
     title="Combine",
-    task="Write `combine`: bring each output home to its token, times its gate; `order` says whose it is. A token "
+    task="Write `combine`: add each output, times its gate, to its token; `order` says which token that is. A token "
     "without rows gets zeros. The model you assemble in lesson 6 will use it.",
     difficulty="medium",
     importance="essential",
@@ -180,18 +180,20 @@ _COMBINE = Exercise(
     mistakes=(
         Mistake(
             _combine_overwrite,
-            "`home[token] += rows` does not add twice where a token stands in `token` twice: the last row wins. "
-            "Which function adds all of them?",
+            "`home[token] += rows` does not add twice where `token` holds a token twice: the last row wins. Which "
+            "function adds all of them?",
         ),
-        Mistake(_combine_unweighted, "Every output came home, but with weight 1. Where are the gates?"),
+        Mistake(
+            _combine_unweighted, "Every output reached its token, but with weight 1. Where are the gates?"
+        ),
         Mistake(
             _combine_unsorted_gates,
-            "The outputs are sorted by expert and your gates are not: look each row's gate up with `order`.",
+            "The outputs are sorted by expert and your gates are not: look up each row's gate with `order`.",
         ),
     ),
     hints=(
         "Row r belongs to token `order[r] // 2` and has the gate `gates.flatten()[order[r]]`.",
-        "A token may own two rows, and both must be added: `index_add`.",
+        "A token may have two rows, and both must be added: `index_add`.",
     ),
 )
 
@@ -199,7 +201,7 @@ _COMBINE = Exercise(
 
 
 def pad_rows(rows: Tensor, counts: Tensor, capacity: int) -> Tensor:
-    """rows [R, D] sorted by expert, counts [E] to slots [E, capacity, D], zero where a slot is empty."""
+    """rows [R, D] sorted by expert, counts [E] -> slots [E, capacity, D], zero where a slot is empty."""
     expert = torch.arange(len(counts)).repeat_interleave(counts)
     slot = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[expert]
     slots = rows.new_zeros(len(counts), capacity, rows.shape[1])
@@ -232,7 +234,7 @@ _PAD = Exercise(
     key="04.4",
     title="Slots of equal size",
     task="A batched product needs blocks of equal size. Write `pad_rows`: put each expert's rows into its first "
-    "slots and leave the other slots zero. Try it without a loop.",
+    "slots and leave the other slots zero. Try to do it without a loop.",
     difficulty="hard",
     importance="helpful",
     minutes=15,
@@ -241,15 +243,15 @@ _PAD = Exercise(
     mistakes=(
         Mistake(
             _pad_end_to_end,
-            "You filled the slots from end to end, so rows slip into the slots of the expert before theirs. Each "
-            "expert begins a block of its own.",
+            "You filled the slots without gaps, so rows end up in the slots of an earlier expert. Each expert has "
+            "its own block.",
         ),
         Mistake(_pad_in_front, "You left the *first* slots empty. Rows fill a block from slot 0."),
     ),
     hints=(
-        "Find for each row its expert, and its place among that expert's rows.",
+        "For each row, find its expert and its place among that expert's rows.",
         "`torch.arange(E).repeat_interleave(counts)` is the expert of each row; its place is the row's number minus "
-        "where its expert starts (exercise 04.1).",
+        "the first row of its expert (exercise 04.1).",
     ),
 )
 
@@ -258,8 +260,8 @@ _PAD = Exercise(
 _BYTES = Exercise(
     key="04.5",
     title="The price of [E, T, D]",
-    task="NLLB-MoE has 128 experts and width 2,048. A batch has 8,192 tokens, a number 2 bytes: how many MB "
-    "(10⁶ bytes) does a tensor `[E, T, D]` hold?",
+    task="NLLB-MoE has 128 experts and width 2,048. A batch has 8,192 tokens, and a number takes 2 bytes: how many "
+    "MB (10⁶ bytes) does a tensor `[E, T, D]` take?",
     difficulty="easy",
     importance="important",
     minutes=3,
@@ -268,7 +270,7 @@ _BYTES = Exercise(
     mistakes=(
         Mistake(4294967296, "Those are bytes. One MB is 10⁶ of them."),
         Mistake(4.294967296, "Those are GB (10⁹ bytes). One MB is 10⁶ bytes."),
-        Mistake(8589.934592, "You counted 4 bytes a number; half precision takes 2."),
+        Mistake(8589.934592, "You counted 4 bytes per number; half precision takes 2."),
         Mistake(
             67.108864,
             "That is what the sorted rows need, 2 T D. The dense tensor has a copy for each expert.",
@@ -282,12 +284,12 @@ _BYTES = Exercise(
 
 
 def kept_choices(gates: Tensor, position: Tensor, capacity: int) -> Tensor:
-    """gates [T, 2], position [T, 2] (-1: no choice) to bool [T, 2]: choices that an expert computes."""
+    """gates [T, 2], position [T, 2] (-1: no choice) -> bool [T, 2]: choices that an expert computes."""
     return (position >= 0) & (position < capacity)
 
 
 def _published_kept_choices(gates: Tensor, position: Tensor, capacity: int) -> Tensor:
-    """gates [T, 2], position [T, 2] (-1: no choice) to bool [T, 2]: choices that an expert computes."""
+    """gates [T, 2], position [T, 2] (-1: no choice) -> bool [T, 2]: choices that an expert computes."""
     return gates.bool()
 
 
@@ -298,7 +300,7 @@ def _draw_positions(generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
     position[2, 1] = torch.randint(capacity, (), generator=generator)
     kept = (position >= 0) & (position < capacity)
     logits = 4 * torch.randn(T, 2, generator=generator)
-    logits[2] = torch.tensor([20.0, -20.0])  # so small a gate is 0 in half precision
+    logits[2] = torch.tensor([20.0, -20.0])  # a gate this small is 0 in half precision
     gates = logits.masked_fill(~kept, -torch.inf).softmax(dim=1).nan_to_num()
     return gates.half(), position, capacity
 
@@ -315,7 +317,7 @@ _KEPT = Exercise(
     key="04.6",
     title="Spot the bug: who was kept?",
     task="The published layer takes a gate of 0 as a sign that a choice was dropped. In half precision a small gate "
-    "*is* 0. Then the kept choice is not computed, and its place is wasted. Mend it.",
+    "*is* 0. Then the kept choice is not computed, and its place is wasted. Fix it.",
     difficulty="easy",
     importance="important",
     minutes=5,
@@ -328,11 +330,11 @@ _KEPT = Exercise(
             _kept_without_choice,
             "Position -1 stands for a choice that was never made, and it is below any capacity.",
         ),
-        Mistake(_kept_one_too_many, "Places count from 0, so the place `capacity` is one too far."),
+        Mistake(_kept_one_too_many, "Places count from 0, so the place `capacity` is one too many."),
     ),
     hints=(
         "Whether a choice found room depends on its place in the queue, not on its gate.",
-        "Two comparisons joined by `&`: one shuts out choices never made, the other those that came too late.",
+        "Two comparisons joined by `&`: one excludes choices never made, the other those that came too late.",
     ),
 )
 

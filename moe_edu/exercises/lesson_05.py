@@ -12,7 +12,7 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 
 
 def balancing_loss(probs: Tensor, expert_index: Tensor) -> Tensor:
-    """probs [T, E], expert_index [T, 2] (first and second choice) to a scalar: E * sum_e f_e * P_e."""
+    """probs [T, E], expert_index [T, 2] (first and second choice) -> a scalar: E * sum_e f_e * P_e."""
     T, E = probs.shape
     f = torch.bincount(expert_index[:, 0], minlength=E) / T
     return E * (f * probs.mean(dim=0)).sum()
@@ -42,7 +42,7 @@ _BALANCE = Exercise(
     key="05.1",
     title="The balancing loss",
     task="Write `balancing_loss`: $E \\sum_e f_e P_e$, where $f_e$ is the share of tokens whose first choice is $e$ "
-    "and $P_e$ its mean probability. The model you assemble in lesson 6 will train with it.",
+    "and $P_e$ is its mean probability. The model you assemble in lesson 6 will train with it.",
     difficulty="medium",
     importance="essential",
     minutes=10,
@@ -57,12 +57,13 @@ _BALANCE = Exercise(
         ),
         Mistake(
             _balance_from_probs,
-            "You used the mean probability in the place of f. f counts what the router chose, P what it thought.",
+            "You used the mean probability in place of f. f counts what the router chose; P averages its "
+            "probabilities.",
         ),
     ),
     hints=(
         "f is a count of `expert_index[:, 0]`, divided by the tokens; P is the mean of `probs` over the tokens.",
-        "`torch.bincount(..., minlength=E)` counts experts that nobody chose, too.",
+        "`torch.bincount(..., minlength=E)` also counts experts that nobody chose.",
     ),
 )
 
@@ -70,7 +71,7 @@ _BALANCE = Exercise(
 
 
 def router_z(logits: Tensor) -> Tensor:
-    """logits [T, E] to a scalar: the mean over tokens of logsumexp squared."""
+    """logits [T, E] -> a scalar: the mean over tokens of logsumexp squared."""
     return logits.logsumexp(dim=1).square().mean()
 
 
@@ -96,8 +97,8 @@ def _z_overflows(logits: Tensor) -> Tensor:
 _ROUTER_Z = Exercise(
     key="05.2",
     title="The router z-loss",
-    task="Write `router_z`: the mean over tokens of $(\\log \\sum_e \\exp x_e)^2$. It must survive logits of 100. "
-    "The model you assemble in lesson 6 will train with it.",
+    task="Write `router_z`: the mean over tokens of $(\\log \\sum_e \\exp x_e)^2$. It must not overflow at logits of "
+    "100. The model you assemble in lesson 6 will train with it.",
     difficulty="easy",
     importance="essential",
     minutes=5,
@@ -106,10 +107,10 @@ _ROUTER_Z = Exercise(
     draw=_draw_logits,
     mistakes=(
         Mistake(_z_of_mean, "You squared the mean. Square each token's value, then take the mean."),
-        Mistake(_z_not_squared, "Without the square, very negative logits would be a reward without end."),
+        Mistake(_z_not_squared, "Without the square, very negative logits would be rewarded without limit."),
         Mistake(
             _z_overflows,
-            "Right on paper, but exp(100) is infinite in float32. Which function takes the largest logit out first?",
+            "Right on paper, but exp(100) is infinite in float32. Which function subtracts the largest logit first?",
         ),
     ),
     hints=("One number for each token, squared, then the mean.", "`torch.logsumexp` does not overflow."),
@@ -119,12 +120,12 @@ _ROUTER_Z = Exercise(
 
 
 def mean_probability(gate_logits: Tensor) -> Tensor:
-    """gate_logits [T, E] to P [E]: the mean probability of each expert."""
+    """gate_logits [T, E] -> P [E]: the mean probability of each expert."""
     return gate_logits.softmax(dim=-1).mean(dim=0)
 
 
 def _published_mean_probability(gate_logits: Tensor) -> Tensor:
-    """gate_logits [T, E] to P [E]: the mean probability of each expert."""
+    """gate_logits [T, E] -> P [E]: the mean probability of each expert."""
     routing_weights = gate_logits.topk(2, dim=-1).values.softmax(dim=-1)
     return routing_weights.mean(dim=-1)
 
@@ -145,8 +146,8 @@ def _softmax_of_mean(gate_logits: Tensor) -> Tensor:
 _CONSTANT = Exercise(
     key="05.3",
     title="Spot the bug: a loss that never moves",
-    task="The published balancing loss multiplied f with this P, which is always the same, so it balanced nothing. "
-    "Print `mean_probability(torch.randn(4, 3))`, see why, and mend it.",
+    task="The published balancing loss multiplied f by this P, which is always the same, so it balanced nothing. "
+    "Print `mean_probability(torch.randn(4, 3))`, see why, and fix it.",
     difficulty="medium",
     importance="important",
     minutes=10,
@@ -161,7 +162,7 @@ _CONSTANT = Exercise(
             "to 1/E. Average over the tokens.",
         ),
         Mistake(
-            _softmax_of_mean, "First each token's probabilities, then their mean: softmax is not linear."
+            _softmax_of_mean, "Take each token's probabilities first, then their mean: softmax is not linear."
         ),
     ),
     hints=(
@@ -174,7 +175,7 @@ _CONSTANT = Exercise(
 
 
 def smoothed_loss(log_probs: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """log_probs [T, V], targets [T] to [T]: cross-entropy with T5X's soft target, no entropy subtracted.
+    """log_probs [T, V], targets [T] -> [T]: cross-entropy with T5X's soft target, no entropy subtracted.
 
     The soft target is 1 - smoothing on the target and smoothing / (V - 1) on each other class.
     """
@@ -205,8 +206,8 @@ def _smoothed_target_only(log_probs: Tensor, targets: Tensor, smoothing: float) 
 _SMOOTHED = Exercise(
     key="05.4",
     title="Smoothed cross-entropy",
-    task="Write `smoothed_loss` with T5X's soft target: `1 - smoothing` on the target, the rest shared equally by the "
-    "*other* V - 1 classes. One value a token; do not subtract the entropy.",
+    task="Write `smoothed_loss` with T5X's soft target: `1 - smoothing` on the target, the rest shared equally by "
+    "the *other* V - 1 classes. One value per token; do not subtract the entropy.",
     difficulty="medium",
     importance="important",
     minutes=10,
@@ -221,7 +222,7 @@ _SMOOTHED = Exercise(
         Mistake(_smoothed_target_only, "The target's weight is right. Where is the rest of the weight?"),
     ),
     hints=(
-        "Build the soft target `[T, V]`; then it is minus the sum of soft target times log-probability.",
+        "Build the soft target `[T, V]`; then the loss is minus the sum of soft target times log-probability.",
         "`torch.full_like(log_probs, low).scatter(1, targets[:, None], confidence)`.",
     ),
 )
@@ -230,7 +231,7 @@ _SMOOTHED = Exercise(
 
 
 def left_behind(kept: Tensor, padding: Tensor) -> Tensor:
-    """kept [T, 2] bool, padding [T] bool (True: padded) to the share of words that no expert took."""
+    """kept [T, 2] bool, padding [T] bool (True: padded) -> the share of words that no expert took."""
     alone = ~kept.any(dim=1) & ~padding
     return alone.sum() / (~padding).sum()
 
@@ -262,8 +263,8 @@ def _left_behind_of_all(kept: Tensor, padding: Tensor) -> Tensor:
 _LEFT_BEHIND = Exercise(
     key="05.5",
     title="Left behind",
-    task="Write `left_behind`: of the tokens that are not padding, the share that lost *both* choices. "
-    "Padding has no kept choice, and counts nowhere.",
+    task="Write `left_behind`: of the tokens that are not padding, the share that lost *both* choices. Padding has "
+    "no kept choice and must not count.",
     difficulty="easy",
     importance="important",
     minutes=5,
@@ -275,10 +276,11 @@ _LEFT_BEHIND = Exercise(
         ),
         Mistake(
             _left_behind_pads,
-            "Your padding counts as left behind: a long batch would look like a bad router.",
+            "Your padding counts as left behind: a batch with much padding would look like a bad router.",
         ),
         Mistake(
-            _left_behind_of_all, "You divided by all tokens. Padding counts neither above nor below the line."
+            _left_behind_of_all,
+            "You divided by all tokens. Padding counts in neither the numerator nor the denominator.",
         ),
         Mistake(_left_behind_any, "A token that lost one choice still has the other."),
     ),
@@ -289,7 +291,7 @@ _LEFT_BEHIND = Exercise(
 
 
 def router_confidence(probs: Tensor, expert_index: Tensor, kept: Tensor) -> Tensor:
-    """probs [T, E], expert_index and kept [T, 2] to a scalar: the kept choices' mean probability."""
+    """probs [T, E], expert_index and kept [T, 2] -> a scalar: the kept choices' mean probability."""
     return probs.gather(1, expert_index)[kept].mean()
 
 
@@ -323,14 +325,15 @@ _CONFIDENCE = Exercise(
     solution=router_confidence,
     draw=_draw_kept_routing,
     mistakes=(
-        Mistake(_confidence_of_all, "Dropped choices are in your mean, too."),
+        Mistake(_confidence_of_all, "Your mean includes dropped choices."),
         Mistake(
             _confidence_of_zeros,
-            "You set dropped choices to 0 and still divided by their number. Divide by the kept ones.",
+            "You set dropped choices to 0 but still divided by the number of all choices. Divide by the number of "
+            "kept ones.",
         ),
         Mistake(
             _confidence_of_gates,
-            "Those are the gates, normalised by token. The raw probabilities are asked for.",
+            "Those are the gates, normalised per token. Use the raw probabilities.",
         ),
     ),
     hints=(

@@ -12,7 +12,7 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 
 
 def attention_shares(scores: Tensor, words: Tensor) -> Tensor:
-    """scores [S, S], words [S] bool (False: padded) to shares [S, S]; row t is what token t looks at."""
+    """scores [S, S], words [S] bool (False: padded) -> shares [S, S]; row t is what token t looks at."""
     return scores.masked_fill(~words, -torch.inf).softmax(dim=1)
 
 
@@ -44,8 +44,8 @@ _LOOK_AWAY = Exercise(
     key="06.1",
     title="Look away from padding",
     task=(
-        "Write `attention_shares`: in each row the softmax of the scores over the *words* alone. Padding gets a share "
-        "of 0, and each row still sums to 1. Do it for all rows, those of padding too."
+        "Write `attention_shares`: the softmax of each row's scores over the *words* only. Padding gets a share of "
+        "0, and each row still sums to 1. Do this for all rows, including those of padding."
     ),
     difficulty="easy",
     importance="essential",
@@ -63,14 +63,15 @@ _LOOK_AWAY = Exercise(
         ),
         Mistake(
             _pads_that_look,
-            "You silenced the rows of padding. It is the columns that matter: nobody may look *at* padding.",
+            "You masked the rows of padding. It is the columns that matter: no token may look *at* padding.",
         ),
         Mistake(
-            _along_columns, "Your columns sum to 1. A row holds what one token looks at: softmax along it."
+            _along_columns,
+            "Your columns sum to 1. A row holds what one token looks at: take the softmax along it.",
         ),
     ),
     hints=(
-        "The mask has one value a column, and broadcasts over the rows.",
+        "The mask has one value per column and broadcasts over the rows.",
         "`scores.masked_fill(~words, -torch.inf)`, then the softmax along dimension 1.",
     ),
 )
@@ -79,7 +80,7 @@ _LOOK_AWAY = Exercise(
 
 
 def position_index(words: Tensor, padding_idx: int) -> Tensor:
-    """words [B, S] bool, False where padded, to [B, S] int64: each place's row of the position table."""
+    """words [B, S] bool, False where padded -> [B, S] int64: each place's row of the position table."""
     return words.long().cumsum(dim=1) * words + padding_idx
 
 
@@ -115,8 +116,8 @@ _POSITIONS = Exercise(
     key="06.2",
     title="Positions count words",
     task=(
-        "Write `position_index`: the first real token of a row gets `padding_idx + 1`, the next one more, "
-        "wherever the padding stands. Padding itself gets `padding_idx`."
+        "Write `position_index`: the first real token of a row gets `padding_idx + 1`, the next one gets one more, "
+        "and so on, wherever the padding is. Padding itself gets `padding_idx`."
     ),
     difficulty="medium",
     importance="important",
@@ -126,16 +127,17 @@ _POSITIONS = Exercise(
     mistakes=(
         Mistake(
             _every_place_counts,
-            "You count places. With padding on the left the first word would not be word one: count words.",
+            "You count places, so with padding on the left the first word does not get the first position: count "
+            "words.",
         ),
         Mistake(
             _pads_keep_counting,
-            "Words are right. Padding behind a word still gets that word's position: it should get padding_idx.",
+            "Words are right. Padding after a word still gets that word's position: it should get padding_idx.",
         ),
         Mistake(
-            _zero_for_pads, "Words are right. Padding gets padding_idx, not 0: shift after you have masked."
+            _zero_for_pads, "Words are right. Padding gets padding_idx, not 0: add padding_idx after masking."
         ),
-        Mistake(_from_zero, "The count is right, but rows up to padding_idx are taken: start behind them."),
+        Mistake(_from_zero, "The count is right, but rows up to padding_idx are taken: start after them."),
     ),
     hints=(
         "A running count of words is a cumulative sum.",
@@ -147,7 +149,7 @@ _POSITIONS = Exercise(
 
 
 def pre_norm_layer(x: Tensor, attention: Tensor, w: Tensor) -> Tensor:
-    """x [S, D], attention [S, S] (rows sum to 1), w [D, D] to [S, D]: one simplified encoder layer."""
+    """x [S, D], attention [S, S] (rows sum to 1), w [D, D] -> [S, D]: one simplified encoder layer."""
     x = x + attention @ F.layer_norm(x, x.shape[-1:])
     return x + F.relu(F.layer_norm(x, x.shape[-1:]) @ w)
 
@@ -189,8 +191,8 @@ _PRE_NORM = Exercise(
     title="A pre-norm layer",
     task=(
         "Write `pre_norm_layer`: `x + attention(norm(x))`, then `x + ffn(norm(x))`. Here `attention` is a matrix of "
-        "shares, to be multiplied from the left; `ffn(y)` is `relu(y @ w)`, `norm` is "
-        "`F.layer_norm` over the last dimension."
+        "shares that multiplies from the left; `ffn(y)` is `relu(y @ w)`, `norm` is `F.layer_norm` over the last "
+        "dimension."
     ),
     difficulty="easy",
     importance="essential",
@@ -200,27 +202,28 @@ _PRE_NORM = Exercise(
     mistakes=(
         Mistake(
             _post_norm,
-            "That is post-norm, as in the first Transformer: you normalise sums. Here a branch normalises its input.",
+            "That is post-norm, as in the first Transformer: you normalise sums. Here each branch normalises its "
+            "input.",
         ),
-        Mistake(_normed_branches, "You normalise what each branch gives. Normalise what it reads."),
+        Mistake(_normed_branches, "You normalise the output of each branch. Normalise its input."),
         Mistake(
             _normed_residual,
-            "You add to the normalised x. The residual path is never normalised: it carries x as it is.",
+            "You add to the normalised x. The residual path is never normalised: it carries x unchanged.",
         ),
         Mistake(
             _side_by_side,
-            "Both branches read the same x. The second has to see what attention has added.",
+            "Your branches both read the same x. The second must see what attention has added.",
         ),
         Mistake(_no_residual, "The residual is missing: a token that no expert takes would be lost here."),
     ),
-    hints=("Two lines, each of the form `x = x + something`.", "Normalise anew for the second branch."),
+    hints=("Two lines, each of the form `x = x + something`.", "Normalise again for the second branch."),
 )
 
 # ---- 06.4
 
 
 def clamp_overflow(hidden: Tensor) -> Tensor:
-    """hidden, any shape and floating dtype, to the same; fp16 is clamped to its maximum less 1000."""
+    """hidden, any shape and floating dtype -> the same; fp16 is clamped to its maximum minus 1000."""
     if hidden.dtype != torch.float16:
         return hidden
     limit = torch.finfo(torch.float16).max - 1000
@@ -268,8 +271,8 @@ _CLAMP = Exercise(
     key="06.4",
     title="fp16 overflows",
     task=(
-        "Write `clamp_overflow`: in fp16 nothing may be beyond `torch.finfo(torch.float16).max - 1000`, which fp16 "
-        "rounds to 64,512, in either direction. Other dtypes stay as they are."
+        "Write `clamp_overflow`: in fp16 no magnitude may exceed `torch.finfo(torch.float16).max - 1000`, which fp16 "
+        "rounds to 64,512. Other dtypes stay unchanged."
     ),
     difficulty="easy",
     importance="helpful",
@@ -277,19 +280,17 @@ _CLAMP = Exercise(
     solution=clamp_overflow,
     draw=_draw_hidden,
     mistakes=(
-        Mistake(_one_sided, "Infinity is tamed, minus infinity is not."),
+        Mistake(_one_sided, "You clamp infinity but not minus infinity."),
         Mistake(_every_dtype, "fp32 holds numbers up to 3.4e38: there is nothing to clamp at 64,504."),
         Mistake(
             _to_the_largest,
-            "You bring infinity to the very largest number: the next addition overflows again. Leave room.",
+            "You turn infinity into the largest number: the next addition overflows again. Leave room.",
         ),
-        Mistake(
-            _in_fp32, "You give back fp32. The next layer's weights are fp16: keep the dtype that came in."
-        ),
-        Mistake(_only_infinities, "65,000 is finite, and beyond the limit all the same. Clamp every number."),
+        Mistake(_in_fp32, "You return fp32. The next layer's weights are fp16: keep the dtype that came in."),
+        Mistake(_only_infinities, "65,000 is finite but still beyond the limit. Clamp every number."),
         Mistake(
             _clamped_for_nothing,
-            "Everything comes back as it came. `hidden.clamp(...)` changes nothing: it returns a new tensor.",
+            "Everything comes back unchanged. `hidden.clamp(...)` does not change `hidden`: it returns a new tensor.",
         ),
     ),
     hints=("`Tensor.clamp` takes two limits.", "Return early unless `hidden.dtype == torch.float16`."),
@@ -299,7 +300,7 @@ _CLAMP = Exercise(
 
 
 def stack_experts(state_dict: dict[str, Tensor], prefix: str, num_experts: int) -> Tensor:
-    """State dict with `prefix + "expert_7.fc1.weight" [F, D]` for each expert, to w1 [E, F, D]."""
+    """State dict with `prefix + "expert_7.fc1.weight" [F, D]` for each expert -> w1 [E, F, D]."""
     return torch.stack([state_dict[f"{prefix}expert_{e}.fc1.weight"] for e in range(num_experts)])
 
 
@@ -338,7 +339,7 @@ _STACK = Exercise(
     key="06.5",
     title="Load a checkpoint's experts",
     task=(
-        "The published checkpoint keeps each expert's weights under a name of its own. Write `stack_experts`: the "
+        "The published checkpoint keeps each expert's weights under separate names. Write `stack_experts`: the "
         "`fc1.weight` of experts 0, 1, 2, ... of one layer as a single `w1 [E, F, D]`."
     ),
     difficulty="medium",
@@ -354,12 +355,12 @@ _STACK = Exercise(
         ),
         Mistake(
             _in_the_files_order,
-            "You take the tensors as the file happens to list them. Expert e has to be slice e.",
+            "You take the tensors in the order in which the file lists them. Slice e must be expert e.",
         ),
         Mistake(_side_by_side_weights, "You joined the experts along F. They need a dimension of their own."),
     ),
     hints=(
-        "Make each name from the number instead of looking for names.",
+        "Build each name from its number instead of searching for names.",
         "`torch.stack` adds a dimension in front.",
     ),
 )
@@ -380,7 +381,9 @@ _LAYER_DROP = Exercise(
     mistakes=(
         Mistake(1.2, "That is how many are skipped."),
         Mistake(23, "Do not round: an average over many steps need not be a whole number."),
-        Mistake(24, "Each layer is skipped in one training step of twenty. All 24 run in evaluation alone."),
+        Mistake(
+            24, "Each layer is skipped in one training step out of twenty. All 24 run only in evaluation."
+        ),
     ),
     hints=("Each layer runs with a probability of 0.95.", "The mean of a sum is the sum of the means."),
 )

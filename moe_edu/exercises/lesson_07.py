@@ -14,7 +14,7 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 
 
 def shift_right(labels: Tensor, start: int) -> Tensor:
-    """labels [B, L] int64 to [B, L]: what the decoder reads when it is to write each label."""
+    """labels [B, L] int64 -> [B, L]: what the decoder reads to predict each label."""
     first = torch.full_like(labels[:, :1], start)
     return torch.cat([first, labels[:, :-1]], dim=1)
 
@@ -45,7 +45,7 @@ _SHIFT = Exercise(
     key="07.1",
     title="What the decoder reads",
     task=(
-        "In training the decoder reads the right answer, one token late. Write `shift_right`: each row begins with "
+        "In training the decoder reads the right answer, one token behind. Write `shift_right`: each row begins with "
         "`start`, then come its labels without the last."
     ),
     difficulty="easy",
@@ -62,7 +62,7 @@ _SHIFT = Exercise(
         Mistake(_shifted_left, "That is one token early: the decoder would see the future."),
         Mistake(
             _one_longer,
-            "There is one token too many. What would be written behind the last label? Leave it out.",
+            "There is one token too many. What would be written after the last label? Leave that token out.",
         ),
     ),
     hints=("Two pieces side by side: a column of `start`, and a part of the labels.", "`labels[:, :-1]`"),
@@ -72,7 +72,7 @@ _SHIFT = Exercise(
 
 
 def token_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """logits [B, L, V], labels [B, L], mask [B, L] (1 real, 0 padded) to the mean loss a real token."""
+    """logits [B, L, V], labels [B, L], mask [B, L] (1 real, 0 padded) -> the mean loss per real token."""
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     return (losses * mask).sum() / mask.sum()
 
@@ -82,7 +82,7 @@ def _draw_logits(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     lengths = torch.randint(1, L, (B, 1), generator=generator)
     lengths[0], lengths[1] = L, 1
     mask = (torch.arange(L) < lengths).float()
-    labels = torch.randint(V, (B, L), generator=generator)  # under padding, too: the mask alone tells
+    labels = torch.randint(V, (B, L), generator=generator)  # padded places too: only the mask tells them
     return 2 * torch.randn(B, L, V, generator=generator), labels, mask
 
 
@@ -108,7 +108,7 @@ _LOSS = Exercise(
     title="The loss of a padded batch",
     task=(
         "Write `token_loss`: the mean of $-\\log p(\\text{label})$ over the real tokens of the batch. Padding counts "
-        "neither above the fraction bar nor below."
+        "in neither the numerator nor the denominator."
     ),
     difficulty="medium",
     importance="essential",
@@ -119,16 +119,16 @@ _LOSS = Exercise(
         Mistake(_mean_over_all, "Padding counts in your mean. The model would learn to write padding."),
         Mistake(
             _divided_by_all,
-            "You divide by all places: the same sentence weighs less the more padding stands beside it.",
+            "You divide by all places: the same sentence weighs less the more padding the batch has.",
         ),
         Mistake(
             _mean_of_sentences,
-            "That is the mean over sentences of their means: a token of a short sentence counts more.",
+            "That is the mean of the sentences' means: a token of a short sentence counts more.",
         ),
         Mistake(_summed, "That is the sum. A mean does not grow with the batch."),
     ),
     hints=(
-        '`F.cross_entropy(..., reduction="none")` keeps one loss a token.',
+        '`F.cross_entropy(..., reduction="none")` keeps one loss per token.',
         "Mask, sum, and divide by the mask's sum.",
     ),
 )
@@ -137,7 +137,7 @@ _LOSS = Exercise(
 
 
 def learning_rate(peak: float, step: int, warmup_steps: int, total_steps: int) -> float:
-    """The rate of a 0-based step: linear warm-up to the peak, times half a cosine down to 0."""
+    """The rate at a 0-based step: linear warm-up to the peak, times half a cosine down to 0."""
     warmup = min(1.0, (step + 1) / warmup_steps)
     return peak * warmup * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
@@ -182,14 +182,16 @@ _SCHEDULE = Exercise(
     draw=_draw_schedule,
     mistakes=(
         Mistake(
-            _first_step_is_lost, "Your first step has the rate 0 and learns nothing: count it as step one."
+            _first_step_is_lost, "Your first step has a rate of 0 and learns nothing: count it as step one."
         ),
-        Mistake(_whole_cosine, "Half a cosine: from 1 down to 0. Yours comes up again and ends at the peak."),
+        Mistake(
+            _whole_cosine, "Use half a cosine, from 1 down to 0. Yours rises again and ends at the peak."
+        ),
         Mistake(
             _cosine_after_warmup,
-            "Your cosine begins behind the warm-up. Here it runs from step 0, and both factors always count.",
+            "Your cosine begins after the warm-up. Here it runs from step 0, and both factors always apply.",
         ),
-        Mistake(_warmup_goes_on, "The warm-up ends at 1. Yours goes on growing."),
+        Mistake(_warmup_goes_on, "The warm-up ends at 1. Yours keeps growing."),
     ),
     hints=(
         "`min(1.0, ...)` ends the warm-up.",
@@ -237,8 +239,8 @@ _CLIP = Exercise(
     key="07.4",
     title="Clip the gradients",
     task=(
-        "Write `clip_gradients`: where the norm of all gradients together is above `max_norm`, scale all of them by "
-        "one factor; where it is not, leave them. One bad batch then cannot wreck the model."
+        "Write `clip_gradients`: if the norm of all gradients together is above `max_norm`, scale all of them by one "
+        "factor; otherwise leave them unchanged. One bad batch then cannot wreck the model."
     ),
     difficulty="medium",
     importance="important",
@@ -248,13 +250,18 @@ _CLIP = Exercise(
     mistakes=(
         Mistake(
             _each_alone,
-            "You clip each tensor by itself: the step then points elsewhere. One factor for all keeps its direction.",
+            "You clip each tensor separately, which changes the direction of the step. One factor for all keeps it.",
         ),
         Mistake(
-            _sum_of_norms, "You added the norms. Their squares add up: it is the length of one long vector."
+            _sum_of_norms,
+            "You added the norms. It is their squares that add up: the norm is the length of one long "
+            "vector.",
         ),
-        Mistake(_by_value, "You cut off single numbers, which turns the step. Scale all of it instead."),
-        Mistake(_always_scaled, "Small gradients should stay small: yours are blown up to max_norm."),
+        Mistake(
+            _by_value,
+            "You clamp single numbers, which changes the direction of the step. Scale all of them instead.",
+        ),
+        Mistake(_always_scaled, "Small gradients should stay small: yours are scaled up to max_norm."),
     ),
     hints=(
         "The norm of the tensors' norms is the norm of all.",

@@ -11,7 +11,7 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 
 
 def load_matrix(labels: Tensor, experts: Tensor, num_labels: int, num_experts: int) -> Tensor:
-    """labels [N], experts [N] to counts [G, E] int64: how many tokens of each label chose each expert."""
+    """labels [N], experts [N] -> counts [G, E] int64: how many tokens of each label chose each expert."""
     cells = labels * num_experts + experts
     return torch.bincount(cells, minlength=num_labels * num_experts).view(num_labels, num_experts)
 
@@ -37,8 +37,8 @@ def _counts_transposed(labels: Tensor, experts: Tensor, num_labels: int, num_exp
 _LOAD_MATRIX = Exercise(
     key="08.1",
     title="Who goes where",
-    task="Write `load_matrix`: count how many tokens of each label chose each expert. Labels that no token has, and "
-    "experts that nobody chose, still get their row and column of zeros.",
+    task="Write `load_matrix`: count how many tokens of each label chose each expert. Labels that no token has and "
+    "experts that no token chose still get their row or column of zeros.",
     difficulty="easy",
     importance="essential",
     minutes=8,
@@ -47,19 +47,20 @@ _LOAD_MATRIX = Exercise(
     mistakes=(
         Mistake(
             _counts_by_assignment,
-            "`counts[labels, experts] += 1` adds 1 to a cell once, however often the pair occurs. Count repeats, too.",
+            "`counts[labels, experts] += 1` adds 1 to a cell only once, however often the pair occurs. Count repeats "
+            "too.",
         ),
-        Mistake(_counts_transposed, "Labels are the rows and experts the columns; yours is turned over."),
+        Mistake(_counts_transposed, "Labels are the rows and experts the columns; yours is transposed."),
     ),
     hints=(
-        "Give every cell of the table one number, row by row; then each token has the number of its cell.",
+        "Number the cells of the table row by row; each token then has the number of its cell.",
         "`torch.bincount(cells, minlength=...)` counts how often each number occurs. Then `.view` makes it a table.",
     ),
 )
 
 
 def mutual_information(counts: Tensor) -> Tensor:
-    """counts [G, E] to a scalar: bits that the expert tells about the label."""
+    """counts [G, E] -> a scalar: bits that the expert reveals about the label."""
     p = counts / counts.sum()
     independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
     seen = p > 0
@@ -91,7 +92,7 @@ def _entropy_of_cells(counts: Tensor) -> Tensor:
 
 _MUTUAL_INFORMATION = Exercise(
     key="08.2",
-    title="What a choice tells",
+    title="What a choice reveals",
     task="Write `mutual_information`: the sum over all cells of $p(g,e) \\log_2 \\frac{p(g,e)}{p(g)\\,p(e)}$, in bits. "
     "Empty cells add nothing.",
     difficulty="medium",
@@ -104,11 +105,12 @@ _MUTUAL_INFORMATION = Exercise(
         Mistake(_information_in_nats, "That is in nats: you took the natural logarithm. Bits need base 2."),
         Mistake(
             _entropy_of_cells,
-            "That is the entropy of the cells. Information compares each cell with what it would hold by chance.",
+            "That is the entropy of the cells. Mutual information compares each cell with what it would hold by "
+            "chance.",
         ),
     ),
     hints=(
-        "First make probabilities: divide the table by its sum. Rows' and columns' sums are p(g) and p(e).",
+        "First make probabilities: divide the table by its sum. The sums of rows and columns are p(g) and p(e).",
         "`p.sum(1, keepdim=True) * p.sum(0, keepdim=True)` is the table that chance would give.",
         "Choose the cells with `p > 0` before you take the logarithm.",
     ),
@@ -116,7 +118,7 @@ _MUTUAL_INFORMATION = Exercise(
 
 
 def gates_without(logits: Tensor, removed: int) -> Tensor:
-    """logits [T, E] to top-2 gates [T, E], rows summing to 1, as if expert `removed` did not exist."""
+    """logits [T, E] -> top-2 gates [T, E], rows summing to 1, as if expert `removed` did not exist."""
     logits = logits.index_fill(1, torch.tensor([removed]), -torch.inf)
     best, index = logits.topk(2, dim=1)
     return torch.zeros_like(logits).scatter(1, index, best.softmax(dim=1))
@@ -151,8 +153,8 @@ def _gates_of_all_left(logits: Tensor, removed: int) -> Tensor:
 _ABLATION = Exercise(
     key="08.3",
     title="Route around a missing expert",
-    task="Write `gates_without`: each token takes its best two experts among those that are left; the two gates are "
-    "the softmax of their logits. Leave `logits` as they are.",
+    task="Write `gates_without`: each token takes its two best remaining experts; the two gates are the softmax of "
+    "their logits. Leave `logits` unchanged.",
     difficulty="medium",
     importance="important",
     minutes=10,
@@ -161,7 +163,7 @@ _ABLATION = Exercise(
     mistakes=(
         Mistake(
             _gates_with_zero_logit,
-            "You gave the missing expert the logit 0, and 0 beats every negative logit. Which logit never wins?",
+            "You gave the missing expert a logit of 0, and 0 beats every negative logit. Which logit never wins?",
         ),
         Mistake(
             _gates_silenced,
@@ -169,20 +171,20 @@ _ABLATION = Exercise(
         ),
         Mistake(
             _gates_of_all_left,
-            "Those are probabilities among all that are left. Gates compare the two chosen ones alone.",
+            "Those are probabilities among all remaining experts. Gates compare only the two chosen ones.",
         ),
     ),
     hints=(
-        "Take the expert out before the choice, and the rest is plain top-2 routing.",
+        "Remove the expert before choosing; the rest is plain top-2 routing.",
         "`logits.index_fill(1, torch.tensor([removed]), value)` gives a changed copy.",
     ),
 )
 
 
 def experts_to_keep(load: Tensor, keep: int) -> Tensor:
-    """load [G, E], tokens of each language at each expert, to [keep] int64: experts, ascending.
+    """load [G, E], tokens of each language at each expert -> [keep] int64: experts, ascending.
 
-    Every language counts alike, however many tokens it has.
+    Every language counts equally, however many tokens it has.
     """
     share = load / load.sum(dim=1, keepdim=True)
     return share.sum(dim=0).topk(keep).indices.sort().values
@@ -190,7 +192,7 @@ def experts_to_keep(load: Tensor, keep: int) -> Tensor:
 
 def _draw_load(generator: torch.Generator) -> tuple[Tensor, int]:
     E = int(torch.randint(4, 8, (1,), generator=generator))
-    # One large language that lives on some experts, and small ones that live on others.
+    # One large language that uses some experts, and small ones that use others.
     large = torch.randint(500, 999, (1, E), generator=generator) * torch.arange(1, E + 1)
     small = torch.randint(1, 9, (4, E), generator=generator) * torch.arange(E, 0, -1) ** 3
     load = torch.cat([large, small])[:, torch.randperm(E, generator=generator)]
@@ -227,7 +229,7 @@ _PRUNING = Exercise(
             "You added up tokens, so the largest language decides alone. Turn each row into shares first.",
         ),
         Mistake(
-            _keep_by_rank, "The right experts, the busiest first. Give their numbers in ascending order."
+            _keep_by_rank, "The right experts, but busiest first. Give their numbers in ascending order."
         ),
         Mistake(_keep_least, "Those are the least active: the ones to prune, not to keep."),
     ),
@@ -239,7 +241,7 @@ _PRUNING = Exercise(
 
 
 def chance(labels: Tensor, experts: Tensor, order: Tensor, num_labels: int, num_experts: int) -> Tensor:
-    """labels, experts, order (a permutation), each [N], to a scalar: bits that are left by chance.
+    """labels, experts, order (a permutation), each [N] -> a scalar: bits that remain by chance.
 
     Token i gets the label of token order[i], and keeps its expert.
     """
@@ -273,8 +275,8 @@ def _chance_is_zero(
 _CHANCE = Exercise(
     key="08.5",
     title="What chance alone would show",
-    task="Write `chance`: the information that is left when token `i` is given the label of token `order[i]`. "
-    "You may call your `mutual_information` and `load_matrix` inside.",
+    task="Write `chance`: the information that remains when token `i` is given the label of token `order[i]`. You "
+    "may call your `mutual_information` and `load_matrix` inside.",
     difficulty="hard",
     importance="essential",
     minutes=8,
@@ -287,12 +289,12 @@ _CHANCE = Exercise(
         ),
         Mistake(
             _chance_is_zero,
-            "In a finite sample even unrelated labels seem to tell something. Count it on the shuffled labels.",
+            "In a finite sample even unrelated labels seem to reveal something. Measure it on the shuffled labels.",
         ),
     ),
     hints=(
-        "Shuffling breaks the tie between label and expert; whatever information you still count is chance.",
-        "Replace `labels` by `labels[order]`, leave `experts` alone, and measure as before.",
+        "Shuffling breaks the link between label and expert; whatever information you still measure is due to chance.",
+        "Replace `labels` by `labels[order]`, leave `experts` unchanged, and measure as before.",
     ),
 )
 

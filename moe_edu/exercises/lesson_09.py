@@ -15,7 +15,7 @@ def _integer(generator: torch.Generator, low: int, high: int) -> int:
 
 
 def active_parameters(total: int, of_one_expert: int, experts: int, layers: int) -> int:
-    """total: all parameters of a top-2 model, `layers` of it sparse, to those on one token's path."""
+    """Parameters on one token's path in a top-2 model of `total` parameters with `layers` sparse layers."""
     return total - layers * (experts - 2) * of_one_expert
 
 
@@ -48,7 +48,7 @@ _ACTIVE = Exercise(
         ),
         Mistake(
             lambda total, of_one_expert, experts, layers: total * 2 // experts,
-            "Only the experts are idle. Embeddings, attention and the router work for every token.",
+            "Only the experts are idle. Every token uses the embeddings, attention and the router.",
         ),
     ),
     hints=(
@@ -59,7 +59,7 @@ _ACTIVE = Exercise(
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """One number a seed to (mean, sample standard deviation)."""
+    """One number per seed -> (mean, sample standard deviation)."""
     mean = sum(values) / len(values)
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
@@ -100,7 +100,7 @@ _SPREAD = Exercise(
         Mistake(_variance, "That is the variance: take its square root."),
         Mistake(
             _spread_of_mean,
-            "That is the standard error of the mean, which shrinks with n; asked is how far single runs lie apart.",
+            "That is the standard error of the mean, which shrinks with n; the task asks how much single runs differ.",
         ),
     ),
     hints=(
@@ -133,7 +133,7 @@ _MARGIN = Exercise(
     mistakes=(
         Mistake(
             lambda dense, sparse: max(sparse[rate] - dense[rate] for rate in dense),
-            "You picked the one rate at which the gap is widest: that is the trap, not the mend.",
+            "You picked the one rate at which the gap is widest: that is the trap, not the way out of it.",
         ),
         Mistake(
             lambda dense, sparse: max(sparse.values()) - dense[max(sparse, key=sparse.__getitem__)],
@@ -141,15 +141,15 @@ _MARGIN = Exercise(
         ),
         Mistake(
             lambda dense, sparse: sum(sparse.values()) / len(sparse) - sum(dense.values()) / len(dense),
-            "A mean over rates rewards who suffers bad rates well. Compare the best with the best.",
+            "A mean over rates rewards the model that tolerates bad rates. Compare the best with the best.",
         ),
     ),
-    hints=("Each model gets a maximum of its own.", "`max(d.values())` is the best that a model reached."),
+    hints=("Each model gets its own maximum.", "`max(d.values())` is the best recall that a model reached."),
 )
 
 
 def slots_sent(tokens: int, experts: int, devices: int, factor: float) -> int:
-    """Tokens a device, E experts on G <= E devices. Returns the slots a device sends away at once."""
+    """`tokens` per device; each device holds `experts // devices` experts. Returns the slots that a device sends."""
     capacity = math.ceil(factor * 2 * math.ceil(tokens / experts))
     return (experts - experts // devices) * capacity
 
@@ -178,7 +178,7 @@ _SLOTS = Exercise(
     key="09.4",
     title="Who sends what",
     task="Write `slots_sent`. A device reserves `ceil(factor * 2 * ceil(tokens / experts))` slots for every expert, "
-    "and sends away those whose experts live elsewhere.",
+    "and sends away those for experts on other devices.",
     difficulty="medium",
     importance="important",
     minutes=8,
@@ -187,17 +187,17 @@ _SLOTS = Exercise(
     mistakes=(
         Mistake(
             _slots_with_own,
-            "Slots for the experts that live on the device itself do not travel.",
+            "Slots for the experts on the device itself are not sent.",
         ),
         Mistake(_slots_less_one, "A device holds `experts // devices` experts, more than one here."),
         Mistake(
             _slots_of_all_devices,
-            "The capacity counts the tokens of one device: each makes its own buffers.",
+            "The capacity counts the tokens of one device: each device has its own buffers.",
         ),
     ),
     hints=(
-        "How many experts live on the device, and how many elsewhere?",
-        "`(experts - experts // devices)` experts elsewhere, `capacity` slots for each.",
+        "How many experts are on the device, and how many on others?",
+        "`(experts - experts // devices)` experts on other devices, `capacity` slots for each.",
     ),
 )
 
@@ -213,9 +213,9 @@ _REPLICAS = Exercise(
     mistakes=(
         Mistake(1, "That was with 128 GPUs or more. Now every GPU has to take more."),
         Mistake(0.5, "There are more experts than GPUs, not the other way round."),
-        Mistake(4, "There are 4 times fewer GPUs, but before, every expert lived on two of them."),
+        Mistake(4, "There are a quarter of the GPUs, but before, every expert was on two of them."),
     ),
-    hints=("All 128 have to live somewhere.", "128 experts shared out over 64 GPUs."),
+    hints=("Each of the 128 experts must be on some GPU.", "128 experts are divided among 64 GPUs."),
 )
 
 EXERCISES = (_ACTIVE, _SPREAD, _MARGIN, _SLOTS, _REPLICAS)

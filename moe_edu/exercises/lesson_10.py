@@ -1,7 +1,7 @@
-"""Exercises of lesson 10: bugs of published code, to be found and mended.
+"""Exercises of lesson 10: bugs in published code, to find and fix.
 
 Each starter is a few lines of our own with the logic of the published code and its bug; `origin` names the release
-and the file. tests/exercises/test_lesson_10.py holds them to the published code where that installs.
+and the file. tests/exercises/test_lesson_10.py compares them with the published code where it can be installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bugs of published sparse layers: which experts run, on what, and what becomes of their outputs."""
+"""Bugs in published sparse layers: which experts run, on what, and what happens to their outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SWITCH = "`modeling_switch_transformers.py`"
 def add_branch(
     hidden: Tensor, branch: Tensor, noise: Tensor, dropout: float, activation_dropout: float
 ) -> Tensor:
-    """hidden, branch, noise (uniform, 0 to 1) [T, D] to [T, D]: hidden plus the branch, dropped out."""
+    """hidden, branch, noise (uniform, 0 to 1) [T, D] -> [T, D]: hidden plus the branch, dropped out."""
     keep = noise >= dropout
     return hidden + branch * keep / (1 - dropout)
 
@@ -26,7 +26,7 @@ def add_branch(
 def _published_add_branch(
     hidden: Tensor, branch: Tensor, noise: Tensor, dropout: float, activation_dropout: float
 ) -> Tensor:
-    """hidden, branch, noise (uniform, 0 to 1) [T, D] to [T, D]: hidden plus the branch, dropped out."""
+    """hidden, branch, noise (uniform, 0 to 1) [T, D] -> [T, D]: hidden plus the branch, dropped out."""
     keep = noise >= activation_dropout
     return hidden + branch * keep / (1 - activation_dropout)
 
@@ -54,8 +54,8 @@ def _branch_with_dropped_residual(
 _ADD_BRANCH = Exercise(
     key="10.7",
     title="The wrong dropout",
-    task="`activation_dropout` belongs inside the feed-forward network, `dropout` behind it. Mend the residual branch. "
-    "**The test:** each rate in the configuration changes its own place only.",
+    task="`activation_dropout` belongs inside the feed-forward network, `dropout` after it. Fix the residual branch. "
+    "**The test:** each rate in the configuration changes only its own place.",
     difficulty="easy",
     importance="helpful",
     minutes=3,
@@ -65,14 +65,14 @@ _ADD_BRANCH = Exercise(
     draw=_draw_branch,
     mistakes=(
         Mistake(
-            _branch_with_two_rates, "The rescaling must use the rate of the dropout that it makes up for."
+            _branch_with_two_rates, "The rescaling must use the rate of the dropout that it compensates for."
         ),
         Mistake(
             _branch_with_dropped_residual,
             "You dropped parts of the residual stream itself, not of the branch.",
         ),
     ),
-    hints=("Two names, two rates. Which belongs here?", "The rate stands in two places."),
+    hints=("Two names, two rates. Which belongs here?", "The rate appears in two places."),
 )
 
 
@@ -80,7 +80,7 @@ _ADD_BRANCH = Exercise(
 
 
 def mask_outputs(outputs: Tensor, noise: Tensor, p: float, training: bool) -> Tensor:
-    """outputs, noise (uniform, 0 to 1) [R, D], a row for each word at each of its experts, to [R, D]."""
+    """outputs, noise (uniform, 0 to 1) [R, D], a row for each word at each of its experts -> [R, D]."""
     if training:
         keep = noise[:, :1] >= p
         return outputs * keep
@@ -88,7 +88,7 @@ def mask_outputs(outputs: Tensor, noise: Tensor, p: float, training: bool) -> Te
 
 
 def _published_mask_outputs(outputs: Tensor, noise: Tensor, p: float, training: bool) -> Tensor:
-    """outputs, noise (uniform, 0 to 1) [R, D], a row for each word at each of its experts, to [R, D]."""
+    """outputs, noise (uniform, 0 to 1) [R, D], a row for each word at each of its experts -> [R, D]."""
     if training:
         keep = noise >= p
         return outputs * keep / (1 - p)
@@ -116,8 +116,8 @@ def _mask_rows_of_training(outputs: Tensor, noise: Tensor, p: float, training: b
 _MASK_OUTPUTS = Exercise(
     key="10.8",
     title="Masked twice over",
-    task="Expert output masking silences whole rows (use the noise's first column) and rescales in one mode only: "
-    "evaluation. Mend it. **The test:** the mean over training equals evaluation.",
+    task="Expert output masking zeroes whole rows (use the first column of `noise`) and rescales in one mode only: "
+    "evaluation. Fix it. **The test:** the mean output in training equals that in evaluation.",
     difficulty="medium",
     importance="important",
     minutes=5,
@@ -128,17 +128,21 @@ _MASK_OUTPUTS = Exercise(
     mistakes=(
         Mistake(
             _mask_rows_rescaled,
-            "Whole rows, good. But you still rescale in both modes, so training is louder than evaluation.",
+            "Masking whole rows is right, but you still rescale in both modes, so outputs are larger in training "
+            "than in evaluation.",
         ),
         Mistake(
             _mask_elements,
-            "The scale is right, but single elements are masked: an expert never falls silent.",
+            "The scale is right, but single elements are masked: no expert's output is ever all zeros.",
         ),
-        Mistake(_mask_rows_of_training, "Now evaluation is louder than training: multiply it by 1 - p."),
+        Mistake(
+            _mask_rows_of_training,
+            "Now outputs are larger in evaluation than in training: multiply them by 1 - p.",
+        ),
     ),
     hints=(
-        "`nn.Dropout` masks single elements, and it divides by 1 - p. Both are one too many here.",
-        "`noise[:, :1]` has one number a row, and broadcasts along it.",
+        "`nn.Dropout` masks single elements, and it divides by 1 - p. Neither belongs here.",
+        "`noise[:, :1]` has one number per row and broadcasts along it.",
     ),
 )
 
@@ -147,7 +151,7 @@ _MASK_OUTPUTS = Exercise(
 
 
 def switch_layer(hidden: Tensor, jitter: Tensor, router: Tensor, experts: Tensor) -> Tensor:
-    """hidden, jitter [T, D], router [E, D], experts [E, D, D] to [T, D]: best expert times gate."""
+    """hidden, jitter [T, D], router [E, D], experts [E, D, D] -> [T, D]: best expert times gate."""
     noisy = hidden * jitter
     gate, expert = (noisy @ router.T).softmax(dim=1).max(dim=1)
     output = torch.einsum("td,tdf->tf", hidden, experts[expert])
@@ -155,7 +159,7 @@ def switch_layer(hidden: Tensor, jitter: Tensor, router: Tensor, experts: Tensor
 
 
 def _published_switch_layer(hidden: Tensor, jitter: Tensor, router: Tensor, experts: Tensor) -> Tensor:
-    """hidden, jitter [T, D], router [E, D], experts [E, D, D] to [T, D]: best expert times gate."""
+    """hidden, jitter [T, D], router [E, D], experts [E, D, D] -> [T, D]: best expert times gate."""
     hidden *= jitter
     gate, expert = (hidden @ router.T).softmax(dim=1).max(dim=1)
     output = torch.einsum("td,tdf->tf", hidden, experts[expert])
@@ -185,8 +189,8 @@ def _switch_with_jittered_experts(hidden: Tensor, jitter: Tensor, router: Tensor
 _SWITCH_LAYER = Exercise(
     key="10.9",
     title="Noise for the router alone",
-    task="Jitter, random factors near 1, should make the router explore. Here the experts see it too. Mend it. "
-    "**The test:** with a single expert, jitter changes nothing.",
+    task="Jitter, random factors near 1, should make the router explore. Here the experts see it too. Fix it. **The "
+    "test:** with a single expert, jitter changes nothing.",
     difficulty="medium",
     importance="important",
     minutes=4,
@@ -199,10 +203,11 @@ _SWITCH_LAYER = Exercise(
             _switch_without_jitter, "Without jitter the router does not explore. Keep it, for the router."
         ),
         Mistake(
-            _switch_with_jittered_experts, "The other way round: the experts get jitter, and the router none."
+            _switch_with_jittered_experts,
+            "You have it the wrong way round: the experts get jitter, and the router none.",
         ),
     ),
-    hints=("How many tensors are called `hidden` here?", "Give the jittered copy a name of its own."),
+    hints=("How many tensors are called `hidden` here?", "Give the jittered copy its own name."),
 )
 
 
@@ -210,14 +215,14 @@ _SWITCH_LAYER = Exercise(
 
 
 def find_room(probs: Tensor, capacity: int) -> Tensor:
-    """probs [T, E] to [T] bool: whether a word finds room at its best expert; the first come first."""
+    """probs [T, E] -> [T] bool: whether a word finds room at its best expert; first come, first served."""
     chosen = F.one_hot(probs.argmax(dim=1), probs.shape[1])
     place = chosen.cumsum(dim=0)
     return (chosen * (place <= capacity)).sum(dim=1).bool()
 
 
 def _published_find_room(probs: Tensor, capacity: int) -> Tensor:
-    """probs [T, E] to [T] bool: whether a word finds room at its best expert; the first come first."""
+    """probs [T, E] -> [T] bool: whether a word finds room at its best expert; first come, first served."""
     _, expert = probs.max(dim=1, keepdim=True)
     chosen = F.one_hot(expert, probs.shape[1])
     place = chosen.cumsum(dim=-2)
@@ -240,8 +245,8 @@ def _last_come_first(probs: Tensor, capacity: int) -> Tensor:
 _FIND_ROOM = Exercise(
     key="10.10",
     title="A capacity that never drops",
-    task="Every word finds room, however small the capacity. Mend it. "
-    "**The test that catches it:** no expert keeps more words than its capacity. Print the shapes first.",
+    task="Every word finds room, however small the capacity. Fix it. **The test that catches it:** no expert keeps "
+    "more words than its capacity. Print the shapes first.",
     difficulty="medium",
     importance="essential",
     minutes=5,
@@ -250,7 +255,7 @@ _FIND_ROOM = Exercise(
     origin=f"transformers 5.0.0, {SWITCH}",
     draw=_draw_crowd,
     mistakes=(
-        Mistake(_one_place_too_few, "One word too few: the first of a queue has place 1 here, not 0."),
+        Mistake(_one_place_too_few, "One word too few: the first in a queue has place 1 here, not 0."),
         Mistake(_last_come_first, "The queue runs backwards: the last words get the places."),
     ),
     hints=(
@@ -264,14 +269,14 @@ _FIND_ROOM = Exercise(
 
 
 def experts_to_run(router_mask: Tensor) -> Tensor:
-    """router_mask [B, S, E], 1 where a word goes to an expert, to [E] bool: who is wanted at all."""
+    """router_mask [B, S, E], 1 where a word goes to an expert -> [E] bool: which experts are needed."""
     B, S, E = router_mask.shape
     flat = router_mask.reshape(B * S, E)
     return flat.sum(dim=0) > 0
 
 
 def _published_experts_to_run(router_mask: Tensor) -> Tensor:
-    """router_mask [B, S, E], 1 where a word goes to an expert, to [E] bool: who is wanted at all."""
+    """router_mask [B, S, E], 1 where a word goes to an expert -> [E] bool: which experts are needed."""
     B, S, E = router_mask.shape
     flat = router_mask.transpose(1, 2).reshape(B * S, E)
     return flat.sum(dim=0) > 0
@@ -294,8 +299,8 @@ def _experts_of_each_sentence(router_mask: Tensor) -> Tensor:
 _EXPERTS_TO_RUN = Exercise(
     key="10.11",
     title="Experts that stay at home",
-    task="Some experts that were chosen do not run, and others run for nothing. Mend it. "
-    "**The test:** the experts that run are those that were chosen.",
+    task="Some experts that were chosen do not run, and others run for nothing. Fix it. **The test:** the experts "
+    "that run are those that were chosen.",
     difficulty="medium",
     importance="essential",
     minutes=4,
@@ -304,10 +309,10 @@ _EXPERTS_TO_RUN = Exercise(
     origin=f"transformers 4.44.2, {SWITCH}",
     draw=_draw_router_mask,
     mistakes=(
-        Mistake(_all_experts, "Right outputs, but every expert runs: what made the layer sparse is gone."),
+        Mistake(_all_experts, "The outputs are right, but every expert runs: the layer is no longer sparse."),
         Mistake(
             _experts_of_each_sentence,
-            "That is a list for each sentence. One list for the whole batch is asked for.",
+            "That is a list for each sentence. Return one list for the whole batch.",
         ),
     ),
     hints=(
@@ -321,7 +326,7 @@ _EXPERTS_TO_RUN = Exercise(
 
 
 def sparse_layer(hidden: Tensor, experts: Tensor, top_1_mask: Tensor, gates: Tensor) -> Tensor:
-    """hidden [T, D], experts [E, D, D], top_1_mask [T, E] one-hot, gates [T, E] (two a row) to [T, D]."""
+    """hidden [T, D], experts [E, D, D], top_1_mask [T, E] one-hot, gates [T, E] (two per row) -> [T, D]."""
     output = torch.zeros_like(hidden)
     for e in range(len(experts)):
         t = gates[:, e].nonzero().squeeze(1)
@@ -330,7 +335,7 @@ def sparse_layer(hidden: Tensor, experts: Tensor, top_1_mask: Tensor, gates: Ten
 
 
 def _published_sparse_layer(hidden: Tensor, experts: Tensor, top_1_mask: Tensor, gates: Tensor) -> Tensor:
-    """hidden [T, D], experts [E, D, D], top_1_mask [T, E] one-hot, gates [T, E] (two a row) to [T, D]."""
+    """hidden [T, D], experts [E, D, D], top_1_mask [T, E] one-hot, gates [T, E] (two per row) -> [T, D]."""
     output = torch.zeros_like(hidden)
     chosen = F.one_hot(top_1_mask, len(experts)).permute(2, 1, 0)
     for e in range(len(experts)):
@@ -358,8 +363,8 @@ def _without_gates(hidden: Tensor, experts: Tensor, top_1_mask: Tensor, gates: T
 _SPARSE_LAYER = Exercise(
     key="10.12",
     title="Two experts of 128",
-    task="The router is right, every shape is right, and only experts 0 and 1 run. Mend the layer for both choices of "
-    "a word. **The test:** it equals a loop over words.",
+    task="The router is right, every shape is right, but only experts 0 and 1 run. Fix the layer so that both "
+    "choices of a word run. **The test:** it equals a loop over words.",
     difficulty="hard",
     importance="essential",
     minutes=8,
@@ -369,12 +374,13 @@ _SPARSE_LAYER = Exercise(
     draw=_draw_sparse_layer,
     mistakes=(
         Mistake(
-            _first_choices_only, "All experts run now, but for first choices alone. Who runs the second ones?"
+            _first_choices_only,
+            "All experts run now, but only for first choices. Which run for the second choices?",
         ),
-        Mistake(_without_gates, "The right experts run, and their outputs are added without their gates."),
+        Mistake(_without_gates, "The right experts run, but their outputs are added without their gates."),
     ),
     hints=(
-        "`F.one_hot` wants indices. Which values does a one-hot mask hold, and which experts have those numbers?",
+        "`F.one_hot` expects indices. Which values does a one-hot mask hold, and which experts have those numbers?",
         "Which words go to expert e? The gates say so: those whose gate for e is not 0.",
         "For each e: `t = gates[:, e].nonzero().squeeze(1)`, then add `gates[t, e, None]` times the expert's output.",
     ),

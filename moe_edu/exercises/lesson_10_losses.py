@@ -1,4 +1,4 @@
-"""Bugs of published router losses: which layers, which probabilities and which terms they see."""
+"""Bugs in published router losses: which layers, probabilities and terms they include."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIXTRAL = "`modeling_mixtral.py`"
 def total_loss(
     cross_entropy: Tensor, balance: Tensor, logits: Tensor, aux_coef: float, z_coef: float
 ) -> Tensor:
-    """Two scalars and the router's logits [T, E] to the training loss, a scalar."""
+    """Two scalars and the router's logits [T, E] -> the training loss, a scalar."""
     z_loss = logits.logsumexp(dim=1).square().mean()
     return cross_entropy + aux_coef * balance + z_coef * z_loss
 
@@ -26,7 +26,7 @@ def total_loss(
 def _published_total_loss(
     cross_entropy: Tensor, balance: Tensor, logits: Tensor, aux_coef: float, z_coef: float
 ) -> Tensor:
-    """Two scalars and the router's logits [T, E] to the training loss, a scalar."""
+    """Two scalars and the router's logits [T, E] -> the training loss, a scalar."""
     return cross_entropy + aux_coef * balance
 
 
@@ -56,9 +56,9 @@ def _total_over_words(
 
 _TOTAL_LOSS = Exercise(
     key="10.13",
-    title="A knob that turns nothing",
-    task="The configuration has a coefficient for the router z-loss. Use it: mean over words of the squared logsumexp. "
-    "**The test:** every coefficient changes the loss.",
+    title="A knob that does nothing",
+    task="The configuration has a coefficient for the router z-loss. Use it: add the mean over words of the squared "
+    "logsumexp. **The test:** every coefficient changes the loss.",
     difficulty="easy",
     importance="important",
     minutes=3,
@@ -69,7 +69,8 @@ _TOTAL_LOSS = Exercise(
     mistakes=(
         Mistake(_total_without_square, "Without the square, large negative logits would be rewarded."),
         Mistake(
-            _total_over_words, "Your logsumexp runs over the words. It runs over the experts, once a word."
+            _total_over_words,
+            "Your logsumexp runs over the words. It must run over the experts, once per word.",
         ),
     ),
     hints=(
@@ -83,12 +84,12 @@ _TOTAL_LOSS = Exercise(
 
 
 def decoder_routing(outputs: dict[str, Tensor | None]) -> Tensor | None:
-    """A model's outputs by name, None where not asked for, to what the decoder's routers returned."""
+    """A model's outputs by name, None if not requested -> what the decoder's routers returned."""
     return outputs["decoder_router_logits"]
 
 
 def _published_decoder_routing(outputs: dict[str, Tensor | None]) -> Tensor | None:
-    """A model's outputs by name, None where not asked for, to what the decoder's routers returned."""
+    """A model's outputs by name, None if not requested -> what the decoder's routers returned."""
     given = [value for value in outputs.values() if value is not None]
     return given[3 if outputs["decoder_attentions"] is not None else 4]
 
@@ -128,8 +129,8 @@ def _third_output(outputs: dict[str, Tensor | None]) -> Tensor | None:
 _DECODER_ROUTING = Exercise(
     key="10.14",
     title="Picked by position",
-    task="The decoder's balancing loss is the encoder's, number for number. Mend it. "
-    "**The test:** the loss of a router has a gradient for that router.",
+    task="The decoder's balancing loss equals the encoder's, number for number. Fix it. **The test:** the loss of a "
+    "router has a gradient for that router.",
     difficulty="easy",
     importance="important",
     minutes=3,
@@ -138,11 +139,11 @@ _DECODER_ROUTING = Exercise(
     origin=f"transformers 4.57.6, {NLLB}",
     draw=_draw_model_outputs,
     mistakes=(
-        Mistake(_encoder_routing, "That is the encoder's, which is what the published code often gives."),
-        Mistake(_third_output, "The right position as long as nobody asks for hidden states or attentions."),
+        Mistake(_encoder_routing, "That is the encoder's, which is what the published code often returns."),
+        Mistake(_third_output, "That position is right only if nobody asks for hidden states or attentions."),
     ),
     hints=(
-        "Write down what `given` holds if no attentions are asked for. What is number 4, counted from 0?",
+        "Write down what `given` holds if no attentions are requested. What is number 4, counted from 0?",
         "The outputs have names.",
     ),
 )
@@ -152,7 +153,7 @@ _DECODER_ROUTING = Exercise(
 
 
 def balancing_loss(probs: list[Tensor], first: list[Tensor]) -> Tensor:
-    """For each layer probs [T, E] and first choices [T], to the mean of the layers' balancing losses."""
+    """Each layer's probs [T, E] and first choices [T] -> the mean of the layers' balancing losses."""
     losses = []
     for p, expert in zip(probs, first, strict=True):
         E = p.shape[1]
@@ -162,7 +163,7 @@ def balancing_loss(probs: list[Tensor], first: list[Tensor]) -> Tensor:
 
 
 def _published_balancing_loss(probs: list[Tensor], first: list[Tensor]) -> Tensor:
-    """For each layer probs [T, E] and first choices [T], to the mean of the layers' balancing losses."""
+    """Each layer's probs [T, E] and first choices [T] -> the mean of the layers' balancing losses."""
     p = torch.cat(probs, dim=1)
     E = p.shape[1]
     f = F.one_hot(torch.stack(first, dim=1), E).float().mean(dim=(0, 1))
@@ -186,8 +187,8 @@ def _balancing_loss_summed(probs: list[Tensor], first: list[Tensor]) -> Tensor:
 _BALANCING_LOSS = Exercise(
     key="10.15",
     title="The layers that nobody balances",
-    task="With two sparse layers, this loss has no gradient for the second. Mend it: the mean of the layers' losses. "
-    "**The test:** collapse any layer, and the loss rises.",
+    task="With two sparse layers, this loss has no gradient for the second. Fix it: return the mean of the layers' "
+    "losses. **The test:** collapse any layer, and the loss rises.",
     difficulty="hard",
     importance="essential",
     minutes=7,
@@ -198,13 +199,13 @@ _BALANCING_LOSS = Exercise(
     mistakes=(
         Mistake(
             _balancing_loss_of_all_words,
-            "You pooled the words of all layers: expert 0 of one layer is another expert than expert 0 of the next.",
+            "You pooled the words of all layers: expert 0 of one layer is not expert 0 of the next.",
         ),
         Mistake(_balancing_loss_summed, "That is the sum over the layers, which grows with their number."),
     ),
     hints=(
         "Two layers of 4 experts become one of 8. Which of the 8 can `first` name?",
-        "Compute the loss of each layer by itself, then `torch.stack(losses).mean()`.",
+        "Compute the loss of each layer separately, then `torch.stack(losses).mean()`.",
     ),
 )
 
@@ -213,7 +214,7 @@ _BALANCING_LOSS = Exercise(
 
 
 def balancing_loss_of_logits(logits: list[Tensor]) -> Tensor:
-    """Router logits [T, E] of each layer to the mean of the layers' losses, over two choices a word."""
+    """Router logits [T, E] of each layer -> the mean of the layers' losses, over two choices per word."""
     losses = []
     for layer in logits:
         probs = layer.softmax(dim=1)
@@ -223,7 +224,7 @@ def balancing_loss_of_logits(logits: list[Tensor]) -> Tensor:
 
 
 def _published_balancing_loss_of_logits(logits: list[Tensor]) -> Tensor:
-    """Router logits [T, E] of each layer to the mean of the layers' losses, over two choices a word."""
+    """Router logits [T, E] of each layer -> the mean of the layers' losses, over two choices per word."""
     probs = torch.cat(logits).softmax(dim=1)
     f = F.one_hot(probs.topk(2).indices, probs.shape[1]).float().mean(dim=0).sum(dim=0)
     return probs.shape[1] * (f * probs.mean(dim=0)).sum()
@@ -246,7 +247,7 @@ def _balancing_loss_of_one_choice(logits: list[Tensor]) -> Tensor:
 _BALANCING_LOSS_OF_LOGITS = Exercise(
     key="10.16",
     title="Two collapses that look even",
-    task="One layer sends every word to experts 0 and 1, another to 2 and 3: this loss calls it perfect. Mend it. "
+    task="One layer sends every word to experts 0 and 1, another to 2 and 3: this loss calls it perfect. Fix it. "
     "**The test:** a collapse is never cancelled.",
     difficulty="medium",
     importance="essential",
@@ -262,11 +263,11 @@ _BALANCING_LOSS_OF_LOGITS = Exercise(
         ),
         Mistake(
             _balancing_loss_of_one_choice,
-            "Each layer by itself, good. But both choices of a word count here.",
+            "Treating each layer separately is right, but both choices of a word count here.",
         ),
     ),
     hints=(
-        "Where do the words of two layers meet?",
+        "Where are the words of two layers mixed?",
         "Do the same for one layer at a time, and take the mean of the results.",
     ),
 )

@@ -1,4 +1,4 @@
-"""Bugs of published routers: who is counted, who is masked, what is remembered, and what the gates sum to."""
+"""Bugs in published routers: what is counted, masked and remembered, and what the gates sum to."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def randint(generator: torch.Generator, low: int, high: int) -> int:
 
 
 def words_taken(top_1_mask: Tensor) -> Tensor:
-    """top_1_mask [T, E], a row of zeros where dropped or padded, to [E]: words that each expert took."""
+    """top_1_mask [T, E], a row of zeros where dropped or padded -> [E]: words that each expert took."""
     return top_1_mask.sum(dim=0)
 
 
 def _published_words_taken(top_1_mask: Tensor) -> Tensor:
-    """top_1_mask [T, E], a row of zeros where dropped or padded, to [E]: words that each expert took."""
+    """top_1_mask [T, E], a row of zeros where dropped or padded -> [E]: words that each expert took."""
     expert = top_1_mask.argmax(dim=1)
     return F.one_hot(expert, top_1_mask.shape[1]).sum(dim=0)
 
@@ -50,8 +50,8 @@ def _nothing_for_expert_0(top_1_mask: Tensor) -> Tensor:
 _WORDS_TAKEN = Exercise(
     key="10.1",
     title="The popular expert 0",
-    task="Expert 0 seems to take words that never chose it. Mend the count. "
-    "**The test that catches it:** the counts add up to the words that found room.",
+    task="Expert 0 seems to take words that never chose it. Fix the count. **The test that catches it:** the counts "
+    "add up to the number of words that found room.",
     difficulty="easy",
     importance="essential",
     minutes=3,
@@ -60,10 +60,8 @@ _WORDS_TAKEN = Exercise(
     origin=f"transformers 4.57.6, {NLLB}",
     draw=_draw_top_1_mask,
     mistakes=(
-        Mistake(_nothing_for_expert_0, "Expert 0 took some words after all, and you took them away from it."),
-        Mistake(
-            lambda top_1_mask: top_1_mask.sum(dim=1), "That is one number a word. Count for each expert."
-        ),
+        Mistake(_nothing_for_expert_0, "Expert 0 did take some words, and your count leaves them out."),
+        Mistake(lambda top_1_mask: top_1_mask.sum(dim=1), "That is one number per word. Count per expert."),
     ),
     hints=(
         "What is the argmax of a row of zeros?",
@@ -76,13 +74,13 @@ _WORDS_TAKEN = Exercise(
 
 
 def choices_of_words(top_1_mask: Tensor, attention_mask: Tensor) -> Tensor:
-    """top_1_mask [T, E], attention_mask [T] (1 word, 0 padding) to [T, E]: the choices of the words."""
+    """top_1_mask [T, E], attention_mask [T] (1 word, 0 padding) -> [T, E]: the choices of the words."""
     is_word = attention_mask.bool()
     return top_1_mask * is_word[:, None]
 
 
 def _published_choices_of_words(top_1_mask: Tensor, attention_mask: Tensor) -> Tensor:
-    """top_1_mask [T, E], attention_mask [T] (1 word, 0 padding) to [T, E]: the choices of the words."""
+    """top_1_mask [T, E], attention_mask [T] (1 word, 0 padding) -> [T, E]: the choices of the words."""
     is_word = ~attention_mask.bool()
     return top_1_mask * is_word[:, None]
 
@@ -101,8 +99,8 @@ def _choices_of_not_an_integer(top_1_mask: Tensor, attention_mask: Tensor) -> Te
 _CHOICES_OF_WORDS = Exercise(
     key="10.2",
     title="The mask the wrong way round",
-    task="The layer's documentation asks for an attention mask, and its output is zero everywhere. Mend it. "
-    "**The test:** words come out changed, padding does not.",
+    task="The layer's documentation asks for an attention mask, but given one, its output is zero everywhere. Fix "
+    "it. **The test:** words come out changed, padding does not.",
     difficulty="easy",
     importance="important",
     minutes=3,
@@ -113,7 +111,7 @@ _CHOICES_OF_WORDS = Exercise(
     mistakes=(
         Mistake(
             lambda top_1_mask, attention_mask: top_1_mask,
-            "Now padding chooses experts too, and takes their room.",
+            "Now padding chooses experts too, and takes up their slots.",
         ),
         Mistake(_choices_of_not_an_integer, "`~` of the integer 1 is -2. It means “not” for booleans only."),
     ),
@@ -128,7 +126,7 @@ _CHOICES_OF_WORDS = Exercise(
 
 
 def capacities(tokens: list[int], training: list[bool], num_experts: int) -> list[int]:
-    """Each batch's T and whether it is trained on (then 2 * ceil(T / E) places, else T) to capacities."""
+    """The capacity of each batch of T tokens: 2 * ceil(T / E) if it is trained on, else T."""
     result = []
     for T, trains in zip(tokens, training, strict=True):
         result.append(2 * math.ceil(T / num_experts) if trains else T)
@@ -136,7 +134,7 @@ def capacities(tokens: list[int], training: list[bool], num_experts: int) -> lis
 
 
 def _published_capacities(tokens: list[int], training: list[bool], num_experts: int) -> list[int]:
-    """Each batch's T and whether it is trained on (then 2 * ceil(T / E) places, else T) to capacities."""
+    """The capacity of each batch of T tokens: 2 * ceil(T / E) if it is trained on, else T."""
     capacity, result = None, []
     for T, trains in zip(tokens, training, strict=True):
         if not trains:
@@ -166,8 +164,8 @@ def _capacities_all_trained(tokens: list[int], training: list[bool], num_experts
 _CAPACITIES = Exercise(
     key="10.3",
     title="An evaluation that changes training",
-    task="The router keeps its capacity from batch to batch. Mend it. "
-    "**The test that catches it:** a training step gives the same after an evaluation as before.",
+    task="The router keeps its capacity from batch to batch. Fix it. **The test that catches it:** a training step "
+    "gives the same result after an evaluation as before.",
     difficulty="easy",
     importance="essential",
     minutes=4,
@@ -181,7 +179,8 @@ _CAPACITIES = Exercise(
             "The first training batch still decides for all later ones, which have other sizes.",
         ),
         Mistake(
-            _capacities_all_trained, "An evaluated batch gets one place a token, so that nothing is dropped."
+            _capacities_all_trained,
+            "An evaluated batch gets one place per token, so that nothing is dropped.",
         ),
     ),
     hints=(
@@ -195,7 +194,7 @@ _CAPACITIES = Exercise(
 
 
 def sampled_second(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Router logits, Gumbel noise [T, E] to sampled second choices [T], logits for the losses [T, E]."""
+    """Router logits, Gumbel noise [T, E] -> sampled second choices [T], logits for the losses [T, E]."""
     first = logits.argmax(dim=1, keepdim=True)
     noisy = logits + noise
     second = noisy.scatter(1, first, -torch.inf).argmax(dim=1)
@@ -203,7 +202,7 @@ def sampled_second(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _published_sampled_second(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Router logits, Gumbel noise [T, E] to sampled second choices [T], logits for the losses [T, E]."""
+    """Router logits, Gumbel noise [T, E] -> sampled second choices [T], logits for the losses [T, E]."""
     first = logits.argmax(dim=1, keepdim=True)
     logits += noise
     second = logits.scatter(1, first, -torch.inf).argmax(dim=1)
@@ -227,8 +226,8 @@ def _second_without_noise(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
 _SAMPLED_SECOND = Exercise(
     key="10.4",
     title="Noise that outlives its use",
-    task="Sampling a second expert changes what the losses are told. Mend it. "
-    "**The test that catches it:** a function leaves its arguments as they were.",
+    task="Sampling a second expert changes the logits that the losses receive. Fix it. **The test that catches it:** "
+    "a function leaves its arguments as they were.",
     difficulty="medium",
     importance="important",
     minutes=4,
@@ -244,7 +243,7 @@ _SAMPLED_SECOND = Exercise(
     ),
     hints=(
         "`a += b` and `a = a + b` look alike. Which of them writes into the caller's tensor?",
-        "Give the sum a name of its own, and return the logits as they came.",
+        "Give the sum its own name, and return the logits unchanged.",
     ),
 )
 
@@ -253,13 +252,13 @@ _SAMPLED_SECOND = Exercise(
 
 
 def gates(logits: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
-    """logits [T, E], chosen [T, 2], kept [T, 2] to gates [T, 2]: 1 in sum, 0 where none is kept."""
+    """logits [T, E], chosen [T, 2], kept [T, 2] -> gates [T, 2] that sum to 1, or to 0 if none is kept."""
     scores = logits.gather(1, chosen).masked_fill(~kept, torch.finfo(logits.dtype).min)
     return scores.softmax(dim=1) * kept
 
 
 def _published_gates(logits: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
-    """logits [T, E], chosen [T, 2], kept [T, 2] to gates [T, 2]: 1 in sum, 0 where none is kept."""
+    """logits [T, E], chosen [T, 2], kept [T, 2] -> gates [T, 2] that sum to 1, or to 0 if none is kept."""
     p = logits.softmax(dim=1).gather(1, chosen) * kept
     return p / p.sum(dim=1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
 
@@ -296,8 +295,8 @@ def _gates_without_floor(logits: Tensor, chosen: Tensor, kept: Tensor) -> Tensor
 _GATES = Exercise(
     key="10.5",
     title="The lone survivor",
-    task="A word whose first choice was dropped keeps its second, but its gate is far below 1. Mend it. "
-    "**The test:** gates sum to 1, or to 0 where nothing was kept.",
+    task="A word whose first choice was dropped keeps its second, but its gate is far below 1. Fix it. **The test:** "
+    "gates sum to 1, or to 0 where nothing was kept.",
     difficulty="hard",
     importance="important",
     minutes=8,
@@ -308,7 +307,7 @@ _GATES = Exercise(
     mistakes=(
         Mistake(
             _gates_with_a_smaller_floor,
-            "A smaller floor helps some words. Where the probability is exactly 0 in fp32, no floor does.",
+            "A smaller floor helps some words. Where the probability is exactly 0 in fp32, no floor helps.",
         ),
         Mistake(
             _gates_before_dropping, "You normalised before dropping, so a lone survivor gets less than 1."
@@ -321,8 +320,8 @@ _GATES = Exercise(
     ),
     hints=(
         "How large is exp(-20)? The published code never divides by less than 1e-7.",
-        "A softmax over the kept choices' logits needs no small probability at all.",
-        "Fill what was dropped with `torch.finfo(logits.dtype).min`, take the softmax, and multiply by `kept`.",
+        "A softmax over the kept choices' logits involves no small probability at all.",
+        "Fill dropped choices with `torch.finfo(logits.dtype).min`, take the softmax, and multiply by `kept`.",
     ),
 )
 
@@ -331,7 +330,7 @@ _GATES = Exercise(
 
 
 def random_gates(probs: Tensor, chosen: Tensor, uniform: Tensor) -> Tensor:
-    """probs [T, E], chosen [T, 2], uniform [T] to gates [T, 2]; a second choice may be given up."""
+    """probs [T, E], chosen [T, 2], uniform [T] -> gates [T, 2]; a second choice may be given up."""
     p = probs.gather(1, chosen)
     first, second = (p / p.sum(dim=1, keepdim=True)).unbind(dim=1)
     keep = 2 * p[:, 1] > uniform
@@ -339,7 +338,7 @@ def random_gates(probs: Tensor, chosen: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _published_random_gates(probs: Tensor, chosen: Tensor, uniform: Tensor) -> Tensor:
-    """probs [T, E], chosen [T, 2], uniform [T] to gates [T, 2]; a second choice may be given up."""
+    """probs [T, E], chosen [T, 2], uniform [T] -> gates [T, 2]; a second choice may be given up."""
     p = probs.gather(1, chosen)
     first, second = (p / p.sum(dim=1, keepdim=True)).unbind(dim=1)
     second = p[:, 1]
@@ -368,7 +367,7 @@ _RANDOM_GATES = Exercise(
     key="10.6",
     title="The second gate that fell behind",
     task="Policy “random”, normalised before dropping: the gates of a word that keeps both experts do not sum to 1. "
-    "Mend it. That sum is the test; the draw, $2 p_2 > u$, stays as it is.",
+    "Fix it. That sum is the test; the draw, $2 p_2 > u$, stays unchanged.",
     difficulty="medium",
     importance="helpful",
     minutes=5,
@@ -383,7 +382,8 @@ _RANDOM_GATES = Exercise(
         ),
         Mistake(
             _random_gates_renormalised,
-            "You divided again after giving up. Normalised *before*, a choice given up loses its share.",
+            "You normalised again after giving up. When you normalise *before*, the share of a choice given up is "
+            "lost.",
         ),
     ),
     hints=(

@@ -1,6 +1,6 @@
 """Progress: one JSON file on the learner's machine, which can be exported and imported.
 
-It holds outcomes, numbers of tries and the source of right answers. Source from the file is only ever shown, never run.
+It holds outcomes, numbers of tries and the source of right answers. That source is only ever shown, never run.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_edu.exercises.judge import Verdict
-from moe_edu.exercises.registry import LESSONS, all_exercises, exercises_of
+from moe_edu.exercises.registry import LESSONS, all_exercises, exercises_of, full_key
 
-FILE_VARIABLE = "MOE_EDU_PROGRESS"  # environment variable: another place for the file
+FILE_VARIABLE = "MOE_EDU_PROGRESS"  # environment variable: a different path for the file
 _FORMAT = 1
 _MAX_BYTES = 5_000_000
 
@@ -30,10 +30,10 @@ def progress_file() -> Path:
 
 
 def record(key: str, verdict: Verdict, source: str) -> None:
-    """Keep a verdict; once right stays right. A folder that cannot be written loses the record, not the lesson."""
+    """Record a verdict; an exercise once right stays right. Without write access, nothing is recorded."""
     if verdict.outcome == "not attempted":
         return
-    # A damaged file is left as it is, for its owner to mend.
+    # A damaged file is left as it is, for its owner to repair.
     with contextlib.suppress(OSError, ProgressError):
         entries = load_progress()
         entry = entries.setdefault(key, {"right": False, "tries": 0, "source": ""})
@@ -44,10 +44,10 @@ def record(key: str, verdict: Verdict, source: str) -> None:
 
 
 def load_progress(path: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Key to `{"right": bool, "tries": int, "source": str}`; empty where there is no file yet.
+    """By key: `{"right": bool, "tries": int, "source": str}`; empty if there is no file yet.
 
     Raises:
-        ProgressError: not a progress file, or damaged; names the file and the mend.
+        ProgressError: not a progress file, or damaged; names the file and the fix.
     """
     path = path or progress_file()
     if not path.exists():
@@ -61,19 +61,19 @@ def load_progress(path: Path | None = None) -> dict[str, dict[str, Any]]:
         return {str(key): _entry(entry) for key, entry in content["exercises"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ProgressError(
-            f"{path} is not a progress file that can be read ({error}): move it away"
+            f"{path} is not a readable progress file ({error}): move it elsewhere or delete it"
         ) from error
 
 
 def export_progress(path: str | Path) -> None:
-    """Write your progress to `path`, to keep it or to take it to another machine."""
+    """Write your progress to `path`, to keep it or to move it to another machine."""
     entries = load_progress()
     _write(Path(path), entries)
     print(f"{len(entries)} exercises written to {path}")
 
 
 def import_progress(path: str | Path) -> None:
-    """Add what an export holds; nothing that is right here is lost.
+    """Add an export to your progress; what is right here stays right.
 
     Raises:
         FileNotFoundError: no such file.
@@ -87,25 +87,26 @@ def import_progress(path: str | Path) -> None:
         if ours is None or (theirs["right"] and not ours["right"]):
             entries[key] = theirs
     _write(progress_file(), entries)
-    print(f"{sum(entry['right'] for entry in entries.values())} exercises are right now")
+    print(f"Exercises solved: {sum(entry['right'] for entry in entries.values())}")
 
 
 def my_code(key: str) -> None:
-    """Show the source of your right answer again, to be copied into a cell and run by you.
+    """Print the source of your right answer, to copy into a cell and run.
 
     Raises:
-        ValueError: no right answer to `key` is kept on this machine.
+        ValueError: this machine has no right answer to `key`.
     """
+    key = full_key(key)
     entry = load_progress().get(key)
     if entry is None or not entry["right"]:
         raise ValueError(
-            f"no right answer to {key} is kept in {progress_file()}: solve it, or import your progress"
+            f"no right answer to {key} in {progress_file()}: solve the exercise, or import your progress"
         )
     print(entry["source"])
 
 
 def progress_table() -> str:
-    """HTML: for each lesson, how many of its exercises are right."""
+    """HTML: the exercises of each lesson, with a mark at those that are right."""
     entries = load_progress()
     total = len(all_exercises())
     right = {key for key, entry in entries.items() if entry["right"]}
@@ -123,7 +124,7 @@ def progress_table() -> str:
 
 
 def _dots(keys: list[str], right: set[str]) -> str:
-    marks = " ".join(f"{'✓' if key in right else '○'}&nbsp;{escape(key)}" for key in keys)  # never torn apart
+    marks = " ".join(f"{'✓' if key in right else '○'}&nbsp;{escape(key)}" for key in keys)  # kept on one line
     return f"<span>{marks}</span>"
 
 
@@ -136,11 +137,11 @@ def _entry(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Write atomically: a kernel may be ended at any moment."""
+    """Write atomically: the kernel may be killed at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(
         {"format": _FORMAT, "exercises": dict(sorted(entries.items()))}, indent=1, ensure_ascii=False
     )
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")  # another kernel may be writing, too
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")  # another kernel may be writing too
     scratch.write_text(text + "\n", encoding="utf-8")
     scratch.replace(path)

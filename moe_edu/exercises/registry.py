@@ -27,14 +27,19 @@ def all_exercises() -> tuple[Exercise, ...]:
 
 
 def find_exercise(key: str) -> Exercise:
-    """The exercise with this key.
+    """The exercise with this key, "02.1" or "2.1".
 
     Raises:
-        ValueError: there is none; with near matches.
+        ValueError: no such exercise; the message names similar keys.
     """
-    by_key = {exercise.key: exercise for exercise in exercises_of(key[:2])}
-    if key not in by_key:
-        keys = [exercise.key for exercise in all_exercises()]
-        near = get_close_matches(key, keys, n=3, cutoff=0.5) or keys[:3]
+    by_key = {exercise.key: exercise for exercise in all_exercises()}
+    full = full_key(key)
+    if full not in by_key:
+        near = get_close_matches(full, by_key, n=3, cutoff=0.5) or list(by_key)[:3]
         raise ValueError(f"there is no exercise {key!r}; did you mean {' or '.join(near)}?")
-    return by_key[key]
+    return by_key[full]
+
+
+def full_key(key: str) -> str:
+    """The key with both digits of the lesson: "02.1" for "2.1"."""
+    return f"0{key}" if key[1:2] == "." else key

@@ -1,7 +1,7 @@
-"""Run a check beside the lesson, so that endless loops and crashes in the learner's code stay there.
+"""Run a check separately, so that endless loops and crashes in the learner's code do not reach the lesson.
 
-On Linux the check runs in a forked process, which is ended when its time is up. Elsewhere it runs in a thread, which
-can be interrupted between two Python instructions, but not inside one.
+On Linux the check runs in a forked process, which is killed when its time is up. Elsewhere it runs in a thread, which
+can be interrupted between two Python instructions but not within one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from moe_edu.exercises.judge import Verdict
 
-MEMORY_LIMIT = 2 * 1024**3  # bytes beyond what the lesson has
+MEMORY_LIMIT = 2 * 1024**3  # bytes beyond what the lesson already uses
 
 
 class Report(NamedTuple):
@@ -35,7 +35,7 @@ class Report(NamedTuple):
 
 
 def run_guarded(check: Callable[[], Verdict], seconds: float) -> Report:
-    """The verdict of `check`, or an error verdict where it takes too long or brings its process down."""
+    """The verdict of `check`, or an error verdict if it takes too long or ends its process."""
     return _in_process(check, seconds) if sys.platform == "linux" else _in_thread(check, seconds)
 
 
@@ -49,7 +49,7 @@ def _timed_out(seconds: float) -> Verdict:
 def _in_process(check: Callable[[], Verdict], seconds: float) -> Report:
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        # Python warns of forks beside threads. The child computes on its one thread and leaves without clean-up.
+        # Python warns about a fork while threads run. The child computes on one thread and exits without clean-up.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -71,13 +71,15 @@ def _in_process(check: Callable[[], Verdict], seconds: float) -> Report:
             if os.WIFSIGNALED(status)
             else f"exit status {os.WEXITSTATUS(status)}"
         )
-        return Report(Verdict("error", f"Your code ended Python itself ({how}). The lesson goes on."), "")
+        return Report(
+            Verdict("error", f"Your code ended the Python process ({how}). The lesson is not affected."), ""
+        )
     reply = json.loads(message)
     return Report(Verdict(*reply["verdict"]), reply["printed"])
 
 
 def _answer_and_exit(check: Callable[[], Verdict], writing: int) -> None:
-    """The child's whole life."""
+    """What the child process does."""
     try:
         torch.set_num_threads(1)
         _limit_memory()
@@ -101,7 +103,7 @@ def _limit_memory() -> None:
 
 
 def _read_all(descriptor: int, deadline: float) -> bytes | None:
-    """Everything until the other end closes; None where the deadline passes first."""
+    """Everything until the other end closes; None if the deadline passes first."""
     message = b""
     while True:
         ready, _, _ = select.select([descriptor], [], [], max(deadline - time.monotonic(), 0))
@@ -114,7 +116,7 @@ def _read_all(descriptor: int, deadline: float) -> bytes | None:
 
 
 class _Divided(io.TextIOBase):
-    """What one thread prints goes to `theirs`, all else to `ours`."""
+    """What one thread prints goes to `theirs`, everything else to `ours`."""
 
     def __init__(self, thread: threading.Thread, theirs: TextIO, ours: TextIO) -> None:
         self._thread, self._theirs, self._ours = thread, theirs, ours
@@ -146,7 +148,7 @@ def _in_thread(check: Callable[[], Verdict], seconds: float) -> Report:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
         return Report(_timed_out(seconds), "")
     if not verdicts:
-        return Report(Verdict("error", "Your code ended its thread (SystemExit?)."), "")
+        return Report(Verdict("error", "Your code ended its own thread (with SystemExit?)."), "")
     return Report(verdicts[0], printed.getvalue())
 
 
@@ -154,6 +156,6 @@ def _verdict(check: Callable[[], Verdict]) -> Verdict:
     try:
         return check()
     except MemoryError:
-        return Verdict("error", "Your code asked for more memory than there is.")
+        return Verdict("error", "Your code asked for more memory than is available.")
     except RecursionError:
-        return Verdict("error", "RecursionError: your code calls itself without end.")
+        return Verdict("error", "RecursionError: your code calls itself endlessly.")

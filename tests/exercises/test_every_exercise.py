@@ -1,4 +1,4 @@
-"""Every exercise of every lesson: its starter is not attempted, mistakes get their message, its solution is right."""
+"""Every exercise: its starter counts as not attempted, its mistakes get their message, its solution is right."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ SEEDS = range(5)
 
 
 def made(source, name):
-    """What `source` defines as `name`, in a namespace as a notebook has it."""
+    """What `source` defines as `name`, in a namespace like a notebook's."""
     namespace = {"torch": torch, "Tensor": torch.Tensor, "math": math, "F": F}
     exec(compile(source, f"<{name}>", "exec"), namespace)
     return namespace[name]
@@ -46,11 +46,11 @@ class TestEveryExercise:
             for seed in SEEDS:
                 assert judge(exercise, mistake.answer, seed) == ("wrong", mistake.message)
 
-    def test_mistakes_have_messages_of_their_own(self, exercise):
+    def test_mistakes_have_different_messages(self, exercise):
         messages = [mistake.message for mistake in exercise.mistakes]
         assert len(set(messages)) == len(messages)
 
-    def test_inputs_are_drawn_afresh(self, exercise):
+    def test_inputs_depend_on_the_seed_alone(self, exercise):
         if exercise.is_question:
             pytest.skip("a question has no inputs")
         first, again, other = (
@@ -64,7 +64,7 @@ class TestEveryExercise:
         assert compare(first, again, 0.0).agrees
         assert not compare(first, other, 0.0).agrees
 
-    def test_says_what_to_expect(self, exercise):
+    def test_is_rated_and_short(self, exercise):
         assert exercise.difficulty in ("easy", "medium", "hard")
         assert exercise.importance in ("helpful", "important", "essential")
         assert 1 <= exercise.minutes <= 30
@@ -72,7 +72,7 @@ class TestEveryExercise:
         assert len(exercise.head().split()) <= 60
         assert len(exercise.cell_source().splitlines()) <= 25
 
-    def test_solution_is_explained_by_shapes(self, exercise):
+    def test_solution_has_a_docstring(self, exercise):
         if not exercise.is_question:
             assert exercise.solution.__doc__
 
@@ -91,11 +91,11 @@ def test_there_are_enough_of_them():
 
 
 class TestPieces:
-    """Lesson 06 builds some answers into its model, and must not be the first to refuse them."""
+    """Lesson 06 builds some answers into its model; it must not be the first to refuse one."""
 
     pieces = {exercise.answer_name: exercise for exercise in all_exercises() if exercise.is_piece}  # noqa: RUF012
 
-    def test_are_all_that_the_model_is_assembled_of(self):
+    def test_are_all_the_pieces_of_the_model(self):
         assert self.pieces.keys() == OURS.keys()
 
     @pytest.mark.parametrize("name", ["balancing_loss", "router_z"])

@@ -1,4 +1,4 @@
-"""How answers are judged, guarded, remembered and put into notebooks."""
+"""How answers are judged, guarded, recorded and put into notebooks."""
 
 import json
 import os
@@ -56,8 +56,8 @@ QUESTION = Exercise(
 )
 BUG = Exercise(
     key="02.7",
-    title="Mend it",
-    task="Mend.",
+    title="Fix it",
+    task="Fix.",
     difficulty="hard",
     importance="important",
     minutes=5,
@@ -79,7 +79,7 @@ def progress_file(tmp_path, monkeypatch):
 
 class TestJudge:
     def test_right(self):
-        assert judge(FUNCTION, lambda x: x + x, 0) == ("right", "Right, on 20 random inputs.")
+        assert judge(FUNCTION, lambda x: x + x, 0) == ("right", "Checked on 20 random inputs.")
 
     def test_mistakes_get_their_message(self):
         assert judge(FUNCTION, lambda x: x * x, 0) == ("wrong", "That is the square.")
@@ -87,15 +87,20 @@ class TestJudge:
     def test_other_wrong_answers_get_the_share_that_is_right(self):
         verdict = judge(FUNCTION, lambda x: torch.cat([2 * x[:3], x[3:]]), 0)
         assert verdict.outcome == "wrong"
-        assert "75% of the values; 0 of 20 random inputs" in verdict.message
+        assert verdict.message == (
+            "The shapes are right, but only 75% of the values are. Your function is right on 0 of 20 random inputs."
+        )
+
+    def test_no_right_value_is_none(self):
+        assert "but none of the values are." in judge(FUNCTION, lambda x: -x, 0).message
 
     def test_shapes_come_first(self):
         verdict = judge(FUNCTION, lambda x: 2 * x[:2], 0)
-        assert verdict == ("wrong", "The result has the shape [2] instead of [4].")
+        assert verdict == ("wrong", "The result has shape [2] instead of [4].")
 
     def test_types_are_named(self):
         verdict = judge(FUNCTION, lambda x: 2.0, 0)
-        assert verdict == ("wrong", "The result should be a tensor float32 [4], not a float.")
+        assert verdict == ("wrong", "The result should be a float32 tensor of shape [4], not a float.")
 
     def test_an_error_names_its_line_and_the_inputs(self):
         def answer(x):
@@ -104,7 +109,7 @@ class TestJudge:
         verdict = judge(FUNCTION, answer, 0)
         assert verdict.outcome == "error"
         assert 'RuntimeError in the line "return x @ torch.ones(3)"' in verdict.message
-        assert "The inputs were a tensor float32 [4]." in verdict.message
+        assert "Inputs: a float32 tensor of shape [4]." in verdict.message
 
     def test_a_forgotten_return(self):
         def answer(x):
@@ -112,7 +117,7 @@ class TestJudge:
 
         assert judge(FUNCTION, answer, 0) == (
             "wrong",
-            "Your function gives nothing back: does it end with `return`?",
+            "Your function returns None: does it end with `return`?",
         )
 
     def test_changed_inputs_are_refused(self):
@@ -168,7 +173,7 @@ class TestJudge:
         assert judge(QUESTION, 128, 0).outcome == "right"
         assert judge(QUESTION, torch.tensor(128), 0).outcome == "right"
         assert judge(QUESTION, 127, 0) == ("wrong", "Count from 1.")
-        assert judge(QUESTION, 5, 0) == ("wrong", "5 is not it.")
+        assert judge(QUESTION, 5, 0) == ("wrong", "5 is not the answer.")
         assert judge(QUESTION, "many", 0) == ("wrong", "Your answer should be a number, not a str.")
 
 
@@ -191,11 +196,12 @@ class TestCompare:
         ("got", "expected", "problem"),
         [
             (True, 1, "should be a number, not a bool"),
-            ([1], (1, 2), "should hold 2 values, not 1 values"),
+            ([1], (1, 2), "should hold 2 values, not be a list of length 1"),
             ({"b": 1}, {"a": 1}, "should be a dictionary with the keys a"),
-            (torch.zeros(2), torch.zeros(2, dtype=torch.bool), "should be a tensor bool [2]"),
-            (torch.zeros(2), torch.zeros(2, dtype=torch.int64), "should be a tensor int64 [2]"),
-            (torch.eye(2).to_sparse(), torch.eye(2), "should be an ordinary tensor, not torch.sparse_coo"),
+            ((1, torch.ones(7)), (1, torch.ones(8)), "result[1] has shape [7] instead of [8]"),
+            (torch.zeros(2), torch.zeros(2, dtype=torch.bool), "should be a bool tensor of shape [2]"),
+            (torch.zeros(2), torch.zeros(2, dtype=torch.int64), "should be an int64 tensor of shape [2]"),
+            (torch.eye(2).to_sparse(), torch.eye(2), "should be a dense tensor, not torch.sparse_coo"),
             (None, "a", "should be a str, not a NoneType"),
         ],
     )
@@ -216,7 +222,7 @@ class TestSandbox:
         assert time.monotonic() - start < 30
 
     def test_a_thread_that_is_late_takes_no_output_with_it(self, capsys):
-        """As where there is no fork: the lesson goes on printing, whenever the late thread ends."""
+        """Where there is no fork, the lesson can still print while the late thread runs and after it ends."""
         before = sys.stdout
         for _ in range(2):
             report = sandbox._in_thread(lambda: time.sleep(0.3) or Verdict("right", ""), 0.05)
@@ -234,21 +240,24 @@ class TestSandbox:
 
         assert "stopped after 0.2 seconds" in sandbox._in_thread(check, 0.2).verdict.message
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="without a process of its own a crash is a crash")
+    @pytest.mark.skipif(sys.platform != "linux", reason="without a separate process a crash ends the tests")
     def test_a_crash_is_reported(self):
         verdict = sandbox.run_guarded(lambda: os.abort(), 10).verdict
-        assert verdict == ("error", "Your code ended Python itself (signal 6). The lesson goes on.")
+        assert verdict == (
+            "error",
+            "Your code ended the Python process (signal 6). The lesson is not affected.",
+        )
 
     @pytest.mark.skipif(sys.platform != "linux", reason="threads have no memory limit of their own")
     def test_memory_is_limited(self):
         verdict = sandbox.run_guarded(lambda: Verdict("right", str(len(bytearray(2**40)))), 10).verdict
-        assert verdict == ("error", "Your code asked for more memory than there is.")
+        assert verdict == ("error", "Your code asked for more memory than is available.")
 
     def test_endless_recursion_is_reported(self):
         def check():
             return check()
 
-        assert "calls itself without end" in sandbox.run_guarded(check, 20).verdict.message
+        assert "calls itself endlessly" in sandbox.run_guarded(check, 20).verdict.message
 
     @pytest.mark.parametrize("run", [sandbox.run_guarded, sandbox._in_thread])
     def test_what_is_printed_comes_back(self, run):
@@ -258,8 +267,8 @@ class TestSandbox:
 
         assert run(check, 10) == (Verdict("right", "Right."), "looking\n")
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="there is no process elsewhere")
-    def test_no_process_is_left_behind(self, monkeypatch):
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux runs a separate process")
+    def test_no_process_is_left(self, monkeypatch):
         children, fork = [], os.fork
 
         def remember():
@@ -276,7 +285,18 @@ class TestSandbox:
 class TestCommands:
     def test_check_prints_the_verdict(self, capsys):
         exercises.check("02.1", find_exercise("02.1").solution)
-        assert capsys.readouterr().out == "✓ 02.1 The runner-up – right. Right, on 20 random inputs.\n"
+        assert capsys.readouterr().out == "✓ 02.1 The runner-up – right. Checked on 20 random inputs.\n"
+
+    def test_a_right_value_needs_no_message(self, capsys):
+        exercises.check("0.1", 12)
+        assert capsys.readouterr().out == "✓ 00.1 How many choices? – right.\n"
+
+    def test_the_zero_of_a_key_may_be_left_out(self, capsys):
+        exercises.check("2.1", find_exercise("02.1").solution)
+        exercises.hint("2.1")
+        exercises.solution("2.1")
+        exercises.my_code("2.1")
+        assert progress.load_progress().keys() == {"02.1"}
 
     def test_a_wrong_answer_is_told_where_to_get_a_hint(self, capsys):
         exercises.check("02.1", lambda logits: logits.argmax(dim=0))
@@ -289,19 +309,23 @@ class TestCommands:
 
     def test_hints_are_graded(self, capsys):
         exercises.hint("02.1")
-        assert 'More: exercises.hint("02.1", 2)' in capsys.readouterr().out
+        assert 'Next hint: exercises.hint("02.1", 2)' in capsys.readouterr().out
         exercises.hint("02.1", 2)
-        assert 'All of it: exercises.solution("02.1")' in capsys.readouterr().out
-        with pytest.raises(ValueError, match="has hints 1 to 2"):
-            exercises.hint("02.1", 3)
+        assert 'The whole solution: exercises.solution("02.1")' in capsys.readouterr().out
+
+    @pytest.mark.parametrize("number", [0, 3])
+    def test_a_hint_that_does_not_exist(self, number, capsys):
+        exercises.hint("02.1", number)
+        assert capsys.readouterr().out == "Exercise 02.1 has hints 1 to 2.\n"
 
     def test_solution_prints_source(self, capsys):
         exercises.solution("02.1")
         assert capsys.readouterr().out.startswith("def second_choice(")
 
-    def test_an_unknown_key_gets_near_ones(self):
-        with pytest.raises(ValueError, match=r"there is no exercise '02\.99'; did you mean \d\d\.\d"):
-            exercises.check("02.99", None)
+    @pytest.mark.parametrize("key", ["02.99", "2.99", "2.", "..1", "", "nonsense"])
+    def test_an_unknown_key_gets_similar_ones(self, key):
+        with pytest.raises(ValueError, match=rf"there is no exercise {key!r}; did you mean \d\d\.\d"):
+            exercises.check(key, None)
 
 
 class TestProgress:
@@ -332,7 +356,7 @@ class TestProgress:
         progress_file.unlink()
         exercises.import_progress(tmp_path / "mine.json")
         assert progress.load_progress()["02.1"]["right"]
-        assert "1 exercises are right now" in capsys.readouterr().out
+        assert "Exercises solved: 1" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         "text",
@@ -347,7 +371,7 @@ class TestProgress:
     def test_refuses_what_is_no_export(self, tmp_path, text):
         file = tmp_path / "bad.json"
         file.write_text(text, "utf-8")
-        with pytest.raises(progress.ProgressError, match=r"bad\.json is not a progress file"):
+        with pytest.raises(progress.ProgressError, match="bad\\.json is not a readable progress file"):
             exercises.import_progress(file)
 
     def test_refuses_a_file_that_is_not_there(self, tmp_path):
@@ -363,20 +387,20 @@ class TestProgress:
         (tmp_path / "folder.json").mkdir()
         before = progress_file.read_text("utf-8")
         html = exercises.class_table(tmp_path.glob("*.json"))
-        assert progress_file.read_text("utf-8") == before, "a teacher's own progress is another matter"
+        assert progress_file.read_text("utf-8") == before, "a teacher's own progress stays unchanged"
         rows = [re.findall(r"<bdi[^>]*>([^<]*)</bdi>|>(\d+)<", row) for row in html.split("<tr>")[2:]]
         assert [["".join(cell) for cell in row] for row in rows[1:]] == [
             ["&lt;b&gt;bo", *"00100000000", "1"],
             ["ana", *"00100000000", "1"],
             *([name, *["–"] * 12] for name in ("cy", "deep", "folder")),
         ]
-        assert "cy.json is not a progress file" in html
+        assert "cy.json is not a readable progress file" in html
         _, unsolved = html.split("solved by nobody: ")
         assert "02.2" in unsolved
         assert "02.1" not in unsolved
         assert "03.1" not in unsolved, "nobody has begun lesson 03"
 
-    def test_exports_of_one_name_in_a_folder_each(self, tmp_path):
+    def test_exports_with_one_name_in_different_folders(self, tmp_path):
         self.solve()
         for learner in ("ana", "bo"):
             (tmp_path / learner).mkdir()
@@ -423,7 +447,7 @@ class TestCells:
             cells=[new_markdown_cell("## Exercises", id="exercises"), new_markdown_cell("end", id="end")]
         )
 
-    def test_are_put_behind_their_heading_and_replaced(self):
+    def test_are_put_after_their_heading_and_replaced(self):
         notebook = with_exercises(self.notebook(), "02")
         ids = [cell.id for cell in notebook.cells]
         assert ids[:3] == ["exercises", "exercise-02-1-task", "exercise-02-1"]

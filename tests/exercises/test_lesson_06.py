@@ -33,7 +33,7 @@ def test_position_index():
 
 
 def test_pre_norm_layer(tiny_config):
-    """With attention that sees itself alone and projects nothing, the layer's own arithmetic is left."""
+    """With one token and identity projections, attention adds its input, so the rest of the layer is compared."""
     config = tiny_config(d_model=8, encoder_attention_heads=1, encoder_ffn_dim=8)
     layer = EncoderLayer(config, sparse=False)
     x, w = torch.randn(1, 8), torch.randn(8, 8)

@@ -1,7 +1,7 @@
-"""Each bug of lesson 10 is the published code's, and each mended version agrees with the package.
+"""Each starter of lesson 10 has the published code's bug, and each fixed version agrees with the package.
 
-The starters are held to transformers 4.57.6 on random inputs. Those of other releases cannot be installed beside it;
-their starters were compared by hand with the files that `origin` names.
+The starters are compared with transformers 4.57.6 on random inputs. Other releases cannot be installed in the same
+environment; their starters were compared by hand with the files that `origin` names.
 """
 
 import importlib.metadata
@@ -35,7 +35,7 @@ SEEDS = range(8)
 
 
 def cases(key):
-    """The starter, the solution, and inputs."""
+    """The starter, the solution and inputs."""
     exercise = BY_KEY[key]
     for seed in SEEDS:
         yield (
@@ -61,7 +61,7 @@ def test_each_names_the_test_that_catches_it(exercise):
 
 
 def test_10_1_words_taken():
-    """The layer's second result is the argmax of its router's mask, from which the loss counts."""
+    """The layer's second result is the argmax of its router's mask; the loss counts with it."""
     for starter, solution, (mask,) in cases("10.1"):
         E = mask.shape[1]
         layer = NllbMoeSparseMLP(NllbMoeConfig(d_model=8, num_experts=E), ffn_dim=4)
@@ -108,7 +108,7 @@ def test_10_4_sampled_second(monkeypatch):
 
 
 def test_10_5_gates():
-    """Capacity decides what is kept, so the published router is held to its own weights for those choices."""
+    """Its capacity decides what the published router keeps, so only its normalisation is called, with the drawn choices."""
     published = router(4)
     for starter, solution, (logits, chosen, kept) in cases("10.5"):
         E = logits.shape[1]
@@ -184,7 +184,7 @@ def test_10_9_switch_layer(monkeypatch):
 def test_10_10_find_room():
     for starter, solution, (probs, capacity) in cases("10.10"):
         E = probs.shape[1]
-        assert starter(probs, capacity).all(), "the published capacity drops nobody"
+        assert starter(probs, capacity).all(), "the published capacity drops no word"
         ours = top2_gating(probs.log(), capacity=capacity)
         assert torch.equal(solution(probs, capacity), ours.kept[:, 0])
         kept = probs.argmax(dim=1)[solution(probs, capacity)]
@@ -212,7 +212,7 @@ def test_10_12_sparse_layer():
 
 
 def test_10_13_total_loss():
-    """That the published loss ignores the coefficient is shown in tests/test_loss_defects.py."""
+    """tests/moe/test_loss_defects.py shows that the published loss ignores the coefficient."""
     for starter, solution, (cross_entropy, balance, logits, aux, z) in cases("10.13"):
         without = starter(cross_entropy, balance, logits, aux, z)
         ours = without + z * router_z_loss(logits)
