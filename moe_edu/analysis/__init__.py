@@ -1,1 +1,1 @@
-"""Numbers about routing: the example of six words, drop rates, traffic, specialisation, parity."""
+"""Numbers about routing: the six-word example, drop rates, traffic, specialisation, parity."""

@@ -1,4 +1,4 @@
-"""Who finds room: a bilingual batch, a skew that makes experts popular, and the share of tokens that no expert takes.
+"""Drop rates: a bilingual batch, a skew that makes some experts popular, and the share of tokens that no expert takes.
 
 Shapes: T tokens, E experts.
 """
@@ -22,12 +22,12 @@ _EXPERTS, _FEATURES, _SEED = 8, 4, 12
 
 
 class BilingualBatch(NamedTuple):
-    """Two sentences that say nearly the same, T=24 words, E=8 experts.
+    """Two sentences with nearly the same meaning: T=24 words, E=8 experts.
 
     Attributes:
         words: the T words, English first.
         languages: the T language codes, `eng` or `fra`.
-        logits: `[T, E]` float64, of a router that was drawn at random, three decimals.
+        logits: `[T, E]` float64 to three decimals, from a router drawn at random.
     """
 
     words: tuple[str, ...]
@@ -36,7 +36,7 @@ class BilingualBatch(NamedTuple):
 
 
 def bilingual_batch() -> BilingualBatch:
-    """The batch, made afresh: the same each time, for the router is drawn from a fixed seed."""
+    """A new copy of the batch, the same each time: the router is drawn from a fixed seed."""
     languages, words = zip(
         *((code, word) for code, text in _SENTENCES.items() for word in text.split()), strict=True
     )
@@ -47,9 +47,9 @@ def bilingual_batch() -> BilingualBatch:
 
 
 def skew_logits(logits: Tensor, skew: float) -> Tensor:
-    """`[T, E]` to `[T, E]`: `skew` more for expert 0, less for each next one, and nothing more for the last.
+    """`[T, E] -> [T, E]`: add `skew` for expert 0, less for each following expert, and nothing for the last.
 
-    So every token comes to like the same experts, as where nothing balances a router.
+    So all tokens come to prefer the same experts, as they do when nothing balances a router.
     """
     pull = torch.linspace(1, 0, logits.shape[1], dtype=logits.dtype, device=logits.device)
     return logits + skew * pull
@@ -62,8 +62,8 @@ def drop_rates(
 
     Args:
         logits: `[T, E]` of one training batch.
-        factors: capacity factors, F of them.
-        skews: as for `skew_logits`, S of them.
+        factors: F capacity factors.
+        skews: S values for `skew_logits`.
         batch_prioritized: queue by descending top probability.
 
     Returns:

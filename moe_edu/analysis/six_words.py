@@ -1,7 +1,7 @@
 """The six words that every lesson and every explorer follows: `the cat sleeps` and `le chat dort`.
 
-Small enough to follow by hand. The four features and the router's weights are made up, so that what happens can be
-foreseen: no trained router is as tidy.
+Small enough to follow by hand. The four features and the router's weights are invented, so that results are easy to
+predict: no trained router is as tidy.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SixWords(NamedTuple):
         words: the T words.
         languages: the T language codes, `eng` or `fra`.
         hidden: `[T, D]`, the features of each word.
-        router_weight: `[E, D]`, one row an expert.
+        router_weight: `[E, D]`, one row per expert.
         logits: `[T, E]`, `hidden @ router_weight.T`.
     """
 
@@ -50,6 +50,6 @@ class SixWords(NamedTuple):
 
 
 def six_words(dtype: torch.dtype = torch.float32) -> SixWords:
-    """The six words, made afresh: change what you like."""
+    """The six words in new tensors, which you may change."""
     hidden, weight = torch.tensor(_HIDDEN, dtype=dtype), torch.tensor(_ROUTER_WEIGHT, dtype=dtype)
     return SixWords(WORDS, LANGUAGES, hidden, weight, hidden @ weight.T)

@@ -1,6 +1,6 @@
-"""Looking inside the experts: who goes where, how much a choice tells, and what happens without an expert.
+"""Inside the experts: which tokens go where, how much a choice reveals, and what happens without an expert.
 
-Numbers only, no drawing. Shapes: N tokens (padding left out), E experts, K = 2 choices a token, G labels (languages,
+Numbers only, no drawing. Shapes: N tokens (padding left out), E experts, K = 2 choices per token, G labels (languages,
 scripts, token ids, ...). Information is in bits.
 
 Sources: NLLB Team 2022, section 6 and appendix (experts by language); Miller 1955 (the bias of an estimated
@@ -26,13 +26,13 @@ Ablation = Literal["reroute", "silence"]
 
 
 class Information(NamedTuple):
-    """How much the chosen expert tells about a label.
+    """How much the chosen expert reveals about a label.
 
     Attributes:
-        bits: mutual information as counted. It is above 0 for any finite sample, related or not.
-        chance: the mean of the same number after the labels were shuffled; compare `bits` with it.
-        chance_std: spread of the shuffled numbers.
-        entropy: the uncertainty about the label itself, which `bits` cannot pass.
+        bits: mutual information in the sample. It is above 0 even if expert and label are unrelated.
+        chance: the mean of the same number with shuffled labels; compare `bits` with it.
+        chance_std: standard deviation over the shuffles.
+        entropy: the uncertainty about the label itself, which `bits` cannot exceed.
     """
 
     bits: float
@@ -49,9 +49,9 @@ def load_matrix(labels: Tensor, expert_index: Tensor, num_labels: int, num_exper
     """Count which experts the tokens of each label chose: `[G, E]` int64.
 
     Args:
-        labels: `[N]` int64 from 0 to G - 1, one a token.
-        expert_index: `[N]` or `[N, K]` int64, as in `RouterOutput.expert_index`; give `expert_index[:, 0]` for the
-            first choices alone. -1 (padding, no such choice) counts for nobody.
+        labels: `[N]` int64 from 0 to G - 1, one per token.
+        expert_index: `[N]` or `[N, K]` int64, as in `RouterOutput.expert_index`; pass `expert_index[:, 0]` for the
+            first choices only. -1 (padding or no choice) is not counted.
 
     Raises:
         ValueError: lengths differ, or a label or an expert is out of range.
@@ -67,22 +67,22 @@ def load_matrix(labels: Tensor, expert_index: Tensor, num_labels: int, num_exper
 
 
 def entropy(counts: Tensor) -> Tensor:
-    """Entropy in bits of the distributions that `counts [..., n]` stand for: `[...]` float64; 0 where all is 0."""
+    """Entropy in bits of the distributions given by `counts [..., n]`: `[...]` float64; 0 if all counts are 0."""
     counts = counts.double()
     p = counts / counts.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return -torch.special.xlogy(p, p).sum(dim=-1) / math.log(2)
 
 
 def mutual_information(counts: Tensor) -> float:
-    """Bits that the column tells about the row, from a table `[G, E]` of counts: `H(row) + H(column) - H(cell)`."""
+    """Bits that the column reveals about the row, from a table `[G, E]` of counts: `H(row) + H(column) - H(cell)`."""
     rows, columns, cells = entropy(counts.sum(1)), entropy(counts.sum(0)), entropy(counts.flatten())
     return max(float(rows + columns - cells), 0.0)
 
 
 def miller_madow_bias(counts: Tensor) -> float:
-    """Bits by which `mutual_information(counts)` is expected to be too large (Miller 1955), with N independent tokens.
+    """Bits by which `mutual_information(counts)` is expected to be too large (Miller 1955) for N independent tokens.
 
-    Tokens of one sentence are not: shuffling whole sentences (`measure_information`) is the safer yardstick.
+    Tokens of one sentence are not independent: shuffling whole sentences (`measure_information`) is safer.
     """
     rows, columns = (counts.sum(1) > 0).sum(), (counts.sum(0) > 0).sum()
     excess = int((counts > 0).sum() - rows - columns + 1)
@@ -98,15 +98,15 @@ def measure_information(
     permutations: int = 20,
     seed: int = 0,
 ) -> Information:
-    """How much `expert` tells about `labels`, beside what it would seem to tell if there were no relation.
+    """How much `expert` reveals about `labels`, compared with what it would seem to reveal if they were unrelated.
 
     Args:
         labels: `[N]` int64, at least 0.
         expert: `[N]` int64, at least 0.
-        sentence: `[N]` int64; the sentence of each token. Then chance is found by dealing the labels out anew to whole
-            sentences, of which each has one label, so that the likeness of a sentence's tokens is not taken for a
-            relation. None shuffles single tokens.
-        given: `[N]` int64, at least 0; measure the information beyond what this (the token id, say) tells already:
+        sentence: `[N]` int64; the sentence of each token. Chance then shuffles the labels between whole sentences, each
+            with one label, so that the similarity of a sentence's tokens is not mistaken for a relation. None shuffles
+            single tokens.
+        given: `[N]` int64, at least 0; measure the information beyond what this (for example the token id) reveals:
             `I(label; expert | given)`. Chance then shuffles among tokens of equal `given`.
         permutations: how often to shuffle.
         seed: for the shuffling.
@@ -115,7 +115,9 @@ def measure_information(
         ValueError: lengths differ, no tokens, both `sentence` and `given`, or a sentence with two labels.
     """
     if sentence is not None and given is not None:
-        raise ValueError("chance is found either by whole sentences or within `given`: leave one of them out")
+        raise ValueError(
+            "chance is measured either by whole sentences or within `given`: leave one of them out"
+        )
     if len(labels) == 0:
         raise ValueError("no tokens to measure")
     given_or_zero = torch.zeros_like(labels) if given is None else given
@@ -172,7 +174,7 @@ def _shuffle(
     order = torch.randperm(len(labels), generator=generator)
     if given is None:
         return labels[order]
-    # Twice sorted by `given`, once in order and once in random order: tokens of equal `given` change places.
+    # Sorted by `given` twice, once in order and once in random order: tokens of equal `given` swap places.
     target = given.argsort(stable=True)
     source = order[given[order].argsort(stable=True)]
     return torch.empty_like(labels).index_copy(0, target, labels[source])
@@ -181,7 +183,7 @@ def _shuffle(
 def coactivation(expert_index: Tensor, num_experts: int) -> Tensor:
     """How often expert i was the first and expert j the second choice of a token: `[E, E]` int64.
 
-    `expert_index [N, 2]`; tokens that made only one choice count for nobody.
+    `expert_index [N, 2]`; tokens with only one choice are not counted.
     """
     first, second = expert_index.unbind(1)
     both = (first >= 0) & (second >= 0)
@@ -189,10 +191,10 @@ def coactivation(expert_index: Tensor, num_experts: int) -> Tensor:
 
 
 def coactivation_lift(counts: Tensor) -> Tensor:
-    """How much more often than by chance two experts serve one token: `[E, E]` float64, 1 for no preference.
+    """How much more often than by chance two experts share a token: `[E, E]` float64, 1 for no preference.
 
-    Chance keeps how often each expert is first and how often second. An expert is never its own partner, so the
-    diagonal is 0 and the others are a little above 1 in the mean; pairs that cannot occur are 0.
+    Chance keeps how often each expert is the first and the second choice. An expert is never its own partner, so the
+    diagonal is 0 and the others are slightly above 1 on average; pairs that cannot occur are 0.
     """
     counts = counts.double()
     expected = counts.sum(1, keepdim=True) * counts.sum(0, keepdim=True) / counts.sum().clamp(min=1)
@@ -206,23 +208,23 @@ def rank_by_activity(load: Tensor) -> list[int]:
 
 
 def mean_by_label(values: Tensor, labels: Tensor, num_labels: int) -> Tensor:
-    """The mean of `values [N]` (bools or numbers) over the tokens of each label: `[G]` float64, NaN for none."""
+    """The mean of `values [N]` (bools or numbers) over the tokens of each label: `[G]` float64, NaN without any."""
     _check_labels(labels, values, num_labels)
     sums = torch.zeros(num_labels, dtype=torch.float64).index_add(0, labels, values.double())
     return sums / count_per_expert(labels, num_labels)
 
 
 def route_without(routing: RouterOutput, experts: Sequence[int], config: MoEConfig) -> RouterOutput:
-    """Route again as if `experts` did not exist: their logits are -inf, and every token takes the best of the others.
+    """Route again as if `experts` did not exist: their logits become -inf, and tokens take the best of the others.
 
     Draws no random numbers: the second choice is the runner-up.
 
     Raises:
-        ValueError: an expert that does not exist, or no expert is left.
+        ValueError: an expert does not exist, or no expert is left.
     """
     removed = _as_mask(experts, routing)
     if bool(removed.all()):
-        raise ValueError("at least one expert must stay")
+        raise ValueError("at least one expert must remain")
     again = top2_gating(
         routing.logits.masked_fill(removed, -torch.inf),
         capacity=routing.capacity,
@@ -230,7 +232,7 @@ def route_without(routing: RouterOutput, experts: Sequence[int], config: MoEConf
         batch_prioritized=config.batch_prioritized_routing,
         padding=routing.padding,
     )
-    # With a single expert left the runner-up is a removed one, of weight 0: say that there was no second choice.
+    # With a single expert left, the runner-up is a removed expert of weight 0: record no second choice.
     gone = (again.expert_index >= 0) & removed[again.expert_index.clamp(min=0)]
     return replace(
         again,
@@ -241,10 +243,10 @@ def route_without(routing: RouterOutput, experts: Sequence[int], config: MoEConf
 
 
 def silence(routing: RouterOutput, experts: Sequence[int]) -> RouterOutput:
-    """Keep every choice, but let `experts` answer nothing: their gates become 0 and the others' stay as they are.
+    """Keep every choice, but drop the output of `experts`: their gates become 0, and the others' stay unchanged.
 
     Raises:
-        ValueError: an expert that does not exist.
+        ValueError: an expert does not exist.
     """
     removed = _as_mask(experts, routing)
     hit = (routing.expert_index >= 0) & removed[routing.expert_index.clamp(min=0)]
@@ -257,15 +259,15 @@ def silence(routing: RouterOutput, experts: Sequence[int]) -> RouterOutput:
 def without_experts(
     layer: SparseMLP, experts: Sequence[int], how: Ablation = "reroute"
 ) -> Iterator[SparseMLP]:
-    """Run `layer` without some experts inside a `with` block; weights stay untouched, and afterwards all is as before.
+    """Run `layer` without some experts inside a `with` block; its weights never change, and it is restored afterwards.
 
     Args:
         layer: a sparse layer, for example `model.encoder.layers[1].ffn`.
-        experts: numbers of those to leave out.
-        how: "reroute" as `route_without`, "silence" as `silence`.
+        experts: the numbers of the experts to leave out.
+        how: "reroute" works like `route_without`, "silence" like `silence`.
 
     Raises:
-        ValueError: an unknown `how`; on the first pass also an expert that does not exist, or none left.
+        ValueError: `how` is unknown; on the first pass also: an expert does not exist, or none is left.
     """
     if how not in get_args(Ablation):
         raise ValueError(f"how must be one of {', '.join(get_args(Ablation))}; got {how!r}")
@@ -295,7 +297,7 @@ def _as_mask(experts: Sequence[int], routing: RouterOutput) -> Tensor:
 def _check_labels(labels: Tensor, values: Tensor, num_labels: int) -> None:
     if labels.ndim != 1 or len(labels) != len(values):
         raise ValueError(
-            f"labels must be [N], one a token; got {list(labels.shape)} for {list(values.shape)}"
+            f"labels must be [N], one per token; got {list(labels.shape)} for {list(values.shape)}"
         )
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
         raise ValueError(f"labels must lie between 0 and {num_labels - 1}")

@@ -1,11 +1,11 @@
-"""Expert parallelism in numbers: which device holds which expert, and who sends how many bytes to whom.
+"""Expert parallelism in numbers: which device holds which expert, and how many bytes each sends to each.
 
 Every device routes its own tokens, sends each kept choice to the device that holds the expert (dispatch), and gets the
-expert's output back (combine): two all-to-alls a sparse layer, and two more for their gradients in the backward pass.
+expert's output back (combine): two all-to-alls per sparse layer, and two more for their gradients in the backward pass.
 
-Shapes: T tokens a device, E experts, K choices a token, C capacity, D model width, F feed-forward width, G devices.
+Shapes: T tokens per device, E experts, K choices per token, C capacity, D model width, F feed-forward width, G devices.
 Sources: GShard (Lepikhin et al. 2020, section 3.2: experts spread over the devices, all-to-all before and after them;
-algorithm 1: capacity a local group of tokens). fairseq's NLLB branch, `fairseq/modules/moe/moe_layer.py` (buffers of
+algorithm 1: capacity per local group of tokens). fairseq's NLLB branch, `fairseq/modules/moe/moe_layer.py` (buffers of
 `[E, C, D]`, padded to the capacity) and `get_all2all_group`, `get_moe_group` (more devices than experts: replicas).
 """
 
@@ -22,12 +22,12 @@ class Cluster:
     """A sparse layer on many devices; the defaults are the released NLLB-MoE's training run.
 
     Source of the defaults: `examples/nllb/modeling` in fairseq: README.md (128 experts on 256 GPUs, every 4th layer of
-    24 + 24), `train/conf/cfg/flores_200_full_moe.yaml` (4,096 tokens a GPU, 32 nodes of 8), `default.yaml` (fp16);
+    24 + 24), `train/conf/cfg/flores_200_full_moe.yaml` (4,096 tokens per GPU, 32 nodes of 8), `default.yaml` (fp16);
     D and F from the released `config.json`.
 
     Raises:
-        ValueError: a number below its least value, neither of `devices` and `experts` divides the other, or groups and
-            nodes that cut each other.
+        ValueError: a number is not positive, neither of `devices` and `experts` divides the other, or groups and nodes
+            overlap in part.
     """
 
     experts: int = 128
@@ -47,12 +47,12 @@ class Cluster:
                 raise ValueError(f"Cluster.{name} must be positive; got {value}")
         if self.devices % self.experts and self.experts % self.devices:
             raise ValueError(
-                f"{self.experts} experts do not share out evenly over {self.devices} devices: "
+                f"{self.experts} experts cannot be divided evenly among {self.devices} devices: "
                 "let one number divide the other"
             )
         if self.group_size % self.devices_per_node and self.devices_per_node % self.group_size:
             raise ValueError(
-                f"groups of {self.group_size} devices and nodes of {self.devices_per_node} cut each other: "
+                f"groups of {self.group_size} devices and nodes of {self.devices_per_node} overlap in part: "
                 "let one number divide the other"
             )
 
@@ -67,39 +67,39 @@ class Cluster:
 
     @property
     def group_size(self) -> int:
-        """Devices that exchange tokens: they hold every expert once. Other groups hold copies of the same experts."""
+        """Devices that exchange tokens: they hold every expert once. Each other group holds copies of all experts."""
         return self.devices // self.replicas
 
     @property
     def capacity(self) -> int:
-        """C: slots that each device reserves for each expert, `K * ceil(T / E)` times the capacity factor."""
+        """C: the slots that each device reserves for each expert, `K * ceil(T / E)` times the capacity factor."""
         return math.ceil(
             self.capacity_factor * self.choices * math.ceil(self.tokens_per_device / self.experts)
         )
 
     @property
     def token_bytes(self) -> int:
-        """One token's hidden state on the wire: D numbers."""
+        """The bytes of one token's hidden state: D numbers."""
         return self.d_model * self.bytes_per_element
 
     @property
     def expert_bytes(self) -> int:
-        """Weights and biases of one expert, `2 * D * F + F + D` numbers: what replicas exchange as gradients."""
+        """Weights and biases of one expert, `2 * D * F + F + D` numbers; replicas exchange as many gradients."""
         return (2 * self.d_model * self.ffn_dim + self.ffn_dim + self.d_model) * self.bytes_per_element
 
 
 class LayerTraffic(NamedTuple):
     """What one device sends for one sparse layer, in bytes, with buffers padded to the capacity.
 
-    It receives as much. Nothing here depends on what the router decided.
+    It receives as many. None of this depends on the router's choices.
 
     Attributes:
         message: to one other device of the group, in one all-to-all.
-        all_to_all: to all the others together; what it sends to itself stays on the device.
+        all_to_all: to all other devices of the group together.
         between_nodes: the part of `all_to_all` that leaves the node.
         forward: dispatch and combine.
         step: forward and backward.
-        model_step: of all sparse layers.
+        model_step: forward and backward, for all sparse layers.
     """
 
     message: int
@@ -134,7 +134,7 @@ def holders(cluster: Cluster, expert: int) -> tuple[int, ...]:
     """The devices that hold `expert`, one in each group.
 
     Raises:
-        IndexError: there is no such expert.
+        IndexError: no such expert.
     """
     if not 0 <= expert < cluster.experts:
         raise IndexError(f"there is no expert {expert}: they are numbered 0 to {cluster.experts - 1}")
@@ -146,7 +146,7 @@ def experts_on(cluster: Cluster, device: int) -> range:
     """The experts that `device` holds.
 
     Raises:
-        IndexError: there is no such device.
+        IndexError: no such device.
     """
     if not 0 <= device < cluster.devices:
         raise IndexError(f"there is no device {device}: they are numbered 0 to {cluster.devices - 1}")
@@ -155,17 +155,17 @@ def experts_on(cluster: Cluster, device: int) -> range:
 
 
 def rows_sent(cluster: Cluster, kept: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Who sends how many rows to whom in one dispatch, for real routing and without padding.
+    """How many rows each device sends to each in one dispatch, for actual routing and without padding.
 
     Args:
-        kept: `[G][E]`; how many of device g's choices go to expert e and found room.
+        kept: `[G][E]`; how many of device g's choices found room at expert e.
 
     Returns:
         `[G][G]`; entry `[g][h]` is what device g sends to device h, itself included. Combine sends the transpose;
-        times `token_bytes` it is bytes. Without padding, and with an even router, this is what `layer_traffic` counts.
+        multiply by `token_bytes` for bytes. With an even router this is what `layer_traffic` counts.
 
     Raises:
-        ValueError: not one row a device, or not one number an expert.
+        ValueError: `kept` does not have one row per device and one number per expert.
     """
     if len(kept) != cluster.devices or any(len(row) != cluster.experts for row in kept):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Sentence pairs as padded tensors: an endless shuffled stream for training, and batches in order for evaluation."""
+"""Sentence pairs as padded tensors: an endless shuffled stream for training, ordered batches for evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_edu.data.corpus import Corpus, SentencePair, Table
 from moe_edu.data.languages import require_languages
 from moe_edu.data.tokenizer import UNDETERMINED, Tokenizer
 
-POOL_PAIRS = 2048  # pairs sorted by length together: more pad less, fewer mix the batches better
+POOL_PAIRS = 2048  # pairs sorted by length together: more save padding, fewer mix the batches better
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Batch:
     decoder_input_ids: int64 [B, L], `</s> [language] tokens`: the labels shifted right, as NLLB does.
     decoder_mask: int64 [B, L], 1 where there is a label.
     labels: int64 [B, L], `[language] tokens </s>` and padding.
-    source_languages, target_languages: the B codes; the true source also where its tag is `und`.
+    source_languages, target_languages: the B codes; the true source even if its tag is `und`.
     """
 
     source_ids: Tensor
@@ -45,7 +45,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Source and target tokens, padding left out."""
+        """Source and target tokens, without padding."""
         return int(self.source_mask.sum() + self.decoder_mask.sum())
 
     def to(self, device: torch.device | str) -> Batch:
@@ -59,7 +59,7 @@ class Batch:
         )
 
     def split(self, parts: int) -> list[Batch]:
-        """At most `parts` batches of every `parts`-th pair each, as wide as they need to be and alike in length."""
+        """At most `parts` batches of every `parts`-th pair, each as wide as it needs to be and similar in length."""
         return [self._every(slice(i, None, parts)) for i in range(min(parts, len(self)))]
 
     def _every(self, pairs: slice) -> Batch:
@@ -85,7 +85,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """A `Table` as token ids, without tags and `</s>`, one cell after the other, row by row.
+    """A `Table` as token ids without tags and `</s>`, cell after cell, row by row.
 
     tokens: int32 [all tokens].
     starts: int64 [cells + 1], where each cell begins. Cell `row * num_languages + column` holds the sentence of that
@@ -119,7 +119,7 @@ class EpochPlan(NamedTuple):
     sources, targets: int64 [P], cells of the `TokenTable`.
     undetermined: bool [P], whether the source's tag is `und`.
     edges: batch b holds the pairs from `edges[b]` to `edges[b + 1]`.
-    order: int64 [batches], which batch comes when.
+    order: int64 [batches], the order in which batches are used.
     """
 
     sources: NDArray[np.int64]
@@ -132,9 +132,9 @@ class EpochPlan(NamedTuple):
 class PairBatches:
     """An endless, shuffled stream of training batches.
 
-    In an epoch every sentence of every source language is a source once, and its target is drawn from the `targets`
-    that its row has, itself excluded: with one target language an epoch holds every pair once. The stream depends on
-    the arguments alone, and begins at any step at little cost.
+    In an epoch every sentence of every source language is a source once. Its target is drawn from the other `targets`
+    in its row: with one target language an epoch holds every pair once. The stream depends only on the arguments, and
+    can start at any step at little cost.
     """
 
     def __init__(
@@ -154,20 +154,20 @@ class PairBatches:
         Args:
             corpus: its `train` table is read.
             tokenizer: needs a tag for every language of the corpus.
-            sources: languages to translate from; None for all of the corpus.
+            sources: languages to translate from; None for all languages of the corpus.
             targets: languages to translate into.
-            batch_tokens: the most that pairs times tokens of the longest sentence may be, padding included; a longer
-                pair comes alone.
+            batch_tokens: the limit on pairs times tokens of the longest sentence, padding included; a longer pair is a
+                batch of its own.
             und_rate: the share of sources whose language tag is replaced by `und`, so that the model learns to read
-                text of which it is not told the language.
-            max_tokens: sentences of more tokens, tag and `</s>` included, are left out.
+                text whose language it is not told.
+            max_tokens: sentences with more tokens, tag and `</s>` included, are left out.
             seed: for the shuffling, the targets and the `und` tags.
 
         Raises:
             UnknownLanguageError: a source or target that the corpus lacks, or a language that the tokenizer lacks.
             ValueError: no pair is left.
         """
-        # Named twice, a language counts once.
+        # A language that is named twice counts once.
         sources = tuple(dict.fromkeys(corpus.languages if sources is None else sources))
         targets = tuple(dict.fromkeys(targets))
         require_languages([*sources, *targets], corpus.languages, "this corpus")
@@ -192,16 +192,16 @@ class PairBatches:
 
     @property
     def num_pairs(self) -> int:
-        """The pairs of an epoch."""
+        """The number of pairs in an epoch."""
         return len(self._sources)
 
     def digest(self) -> str:
-        """The beginning of a SHA-256 of what is read and of what the ids mean: another corpus has another."""
+        """The first characters of a SHA-256 of the sentences and of what their ids mean; it tells corpora apart."""
         parts = (self.tokenizer.to_json().encode(), self.table.tokens.tobytes(), self.table.starts.tobytes())
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def stream(self, start: int = 0) -> Iterator[Batch]:
-        """The batches from step `start` on, without end; `stream(k)` continues where k batches of `stream(0)` end."""
+        """The batches from step `start` on, endlessly; `stream(k)` skips the first k batches of `stream(0)`."""
         epoch = 0
         while True:
             plan = self.plan(epoch)
@@ -211,7 +211,7 @@ class PairBatches:
             epoch += 1
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Draw what the batches of an epoch hold; a function of the arguments of the constructor and of `epoch`."""
+        """Draw the batches of an epoch; they depend only on the constructor's arguments and on `epoch`."""
         rng = np.random.default_rng([self.seed, epoch])
         sources = rng.permutation(self._sources)
         targets = self._draw_targets(sources, rng)
@@ -225,7 +225,7 @@ class PairBatches:
         return EpochPlan(sources[by_length], targets[by_length], undetermined[by_length], edges, order)
 
     def _targets_of_cells(self) -> NDArray[np.int64]:
-        """[rows, languages]: into how many targets each cell could be translated."""
+        """[rows, languages]: the number of targets that each cell can be translated into."""
         in_row = self._usable[:, self._targets].sum(axis=1, keepdims=True)
         itself = np.zeros_like(self._usable)
         itself[:, self._targets] = self._usable[:, self._targets]
@@ -233,11 +233,11 @@ class PairBatches:
         return counts
 
     def _draw_targets(self, sources: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-        """For every source cell the cell of a target, each of those its row has being as likely."""
+        """A target cell for every source cell; all targets in its row are equally likely."""
         rows, columns = np.divmod(sources, len(self.languages))
         drawn = np.empty_like(columns)
         waiting = np.arange(len(sources))
-        while len(waiting) > 0:  # every source has a target, so that this ends
+        while len(waiting) > 0:  # every source has a target, so this ends
             guess = rng.choice(self._targets, size=len(waiting))
             good = self._usable[rows[waiting], guess] & (guess != columns[waiting])
             drawn[waiting[good]] = guess[good]
@@ -259,9 +259,9 @@ class PairBatches:
 def eval_batches(
     pairs: Sequence[SentencePair], tokenizer: Tokenizer, batch_tokens: int = 2000, undetermined: bool = False
 ) -> Iterator[Batch]:
-    """The pairs in their order as batches; `batch_tokens` as in `PairBatches`.
+    """Batches of the pairs, in their order; `batch_tokens` as in `PairBatches`.
 
-    `undetermined` says `und` instead of every source's language.
+    `undetermined` gives every source the tag `und` instead of its language.
     """
     sources = tokenizer.encode_pieces([pair.source for pair in pairs])
     targets = tokenizer.encode_pieces([pair.target for pair in pairs])

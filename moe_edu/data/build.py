@@ -1,6 +1,6 @@
 """Rebuild the shipped corpus, bit for bit, from the translations of CLDR: `python -m moe_edu.data.build [folder]`.
 
-CLDR comes with Babel, whose version is fixed below: another one holds other translations.
+CLDR comes with Babel, whose version is fixed below: other versions hold other translations.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ HELD_OUT = {"valid": 0.05, "test": 0.05}
 
 
 def require_babel() -> None:
-    """Raise `RuntimeError` unless the one version of Babel that gives this corpus is installed."""
+    """Raise `RuntimeError` unless the version of Babel that gives this corpus is installed."""
     try:
         found = importlib.metadata.version("babel")
     except importlib.metadata.PackageNotFoundError:
         found = "none"
     if found != BABEL_VERSION:
         raise RuntimeError(
-            f"the corpus is built with Babel {BABEL_VERSION}, and {found} is installed; "
+            f"the corpus needs Babel {BABEL_VERSION}, but the installed version is {found}; "
             f"run: pip install babel=={BABEL_VERSION}"
         )
 
 
 def build_table() -> str:
-    """Render the corpus as tab-separated text, one meaning a line, in the same order every time."""
+    """Render the corpus as tab-separated text, one meaning per line, always in the same order."""
     require_babel()
     from babel import Locale
 
@@ -54,8 +54,8 @@ def build_table() -> str:
 
 
 def compress_table(table: str) -> bytes:
-    """Compress with fixed settings: the same text gives the same bytes under the same liblzma."""
-    return lzma.compress(table.encode("utf-8"), preset=6)  # the higher ones take longer and save nothing here
+    """Compress with fixed settings: the same text gives the same bytes with the same liblzma."""
+    return lzma.compress(table.encode("utf-8"), preset=6)  # higher presets take longer and save nothing here
 
 
 def main(arguments: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""Phrases that people translated for CLDR, spelled out in any language by Babel.
+"""Phrases in many languages: people translated their patterns and names for CLDR, Babel puts them together.
 
 A `Meaning` is what a sentence says, without a language: ("date", (1996, 8, 1, "full")). `say` renders it in one
-locale, or returns None where that locale has no translation of a part of it.
+locale, or returns None if that locale has no translation of a part of it.
 
 Needs Babel, which only the `test` extra installs: the corpus built from it ships with the package.
 """
@@ -60,7 +60,7 @@ LOCALES = {
 }
 
 
-# Units that people name together, "6 feet and 2 inches": the larger, the smaller, how many make one of the larger.
+# Units that people combine, as in "6 feet and 2 inches": the larger, the smaller, and how many smaller make one larger.
 UNIT_PAIRS = (
     ("duration-year", "duration-month", 12),
     ("duration-week", "duration-day", 7),
@@ -89,7 +89,7 @@ RELATIVE_UNITS = {
 
 
 class Vocabulary(NamedTuple):
-    """What the sentences are about, as CLDR's codes, from `files/vocabulary.json`.
+    """What the sentences are about, in CLDR's codes, from `files/vocabulary.json`.
 
     units: of daily life and school, `length-meter`.   countries: mostly of ten million people or more (ISO 3166).
     languages: widely spoken or much studied ones (ISO 639).   currencies: widely used ones (ISO 4217).
@@ -115,13 +115,13 @@ class Meaning(NamedTuple):
 
 
 def say(meaning: Meaning, locale: Locale) -> str | None:
-    """Render `meaning` in the language of `locale`; None where CLDR has no translation of a part of it."""
+    """Render `meaning` in the language of `locale`; None if CLDR has no translation of a part of it."""
     text = KINDS[meaning.kind].render(locale, *meaning.arguments)
     return text and normalize_text(text)
 
 
 def sample_meanings(rng: Random) -> list[Meaning]:
-    """Draw the corpus: for every kind its count of distinct meanings, kind by kind."""
+    """Draw the corpus, kind by kind: each kind's number of distinct meanings."""
     meanings: dict[Meaning, None] = {}  # an ordered set
     for name, kind in KINDS.items():
         wanted = len(meanings) + kind.meanings
@@ -131,7 +131,7 @@ def sample_meanings(rng: Random) -> list[Meaning]:
 
 
 def _below(rng: Random, n: int) -> int:
-    """A number in `range(n)`. Python promises the sequence of `random()` between versions, not `randrange`'s."""
+    """A number in `range(n)`. Python keeps the sequence of `random()` between versions, but not that of `randrange`."""
     return int(rng.random() * n)
 
 
@@ -174,12 +174,12 @@ def _draw_relative_time(rng: Random) -> tuple[Any, ...]:
 
 
 def _say_relative_time(locale: Locale, unit: Any, count: int) -> str | None:
-    # Where the plural form is missing Babel would leave out "ago" and "in", so look first.
+    # If the plural form is missing, Babel leaves out "ago" and "in", so look first.
     patterns = _locale_data(str(locale))["date_fields"][unit].get("future" if count > 0 else "past", {})
     if locale.plural_form(abs(count)) not in patterns:
         return None
     delta = datetime.timedelta(seconds=count * RELATIVE_UNITS[unit][0])
-    # No threshold can be reached, so that "in 45 days" is not rounded to "in 1 month".
+    # An infinite threshold keeps "in 45 days" from being rounded to "in 1 month".
     return dates.format_timedelta(
         delta, granularity=unit, threshold=float("inf"), add_direction=True, locale=locale
     )
@@ -189,7 +189,7 @@ def _say_relative_time(locale: Locale, unit: Any, count: int) -> str | None:
 
 
 def _draw_number(rng: Random, largest: int) -> str:
-    """A whole number up to `largest`, or one in three times a smaller one with a decimal."""
+    """A whole number up to `largest`, or one time in three a smaller one with a decimal."""
     if rng.random() < 2 / 3:
         return str(1 + _below(rng, largest))
     return f"{_below(rng, largest // 10)}.{1 + _below(rng, 9)}"
@@ -202,7 +202,7 @@ def _draw_unit(rng: Random) -> tuple[Any, ...]:
 def _say_unit(locale: Locale, number: str, unit: str) -> str | None:
     value = Decimal(number)
     patterns = _locale_data(str(locale))["unit_patterns"].get(unit, {})
-    # Babel writes the raw unit id for a missing form. CLDR leaves a long form out where it equals the short one.
+    # Babel writes the raw unit id for a missing form. CLDR omits a long form that equals the short one.
     for length in ("long", "short"):
         if locale.plural_form(value) in patterns.get(length, {}):
             return units.format_unit(value, unit, length, locale=locale)
@@ -267,7 +267,7 @@ def _join(locale: Locale, parts: tuple[str | None, ...], style: Any) -> str | No
 
 
 class Kind(NamedTuple):
-    """A type of sentence: how many meanings the corpus has of it, how one is drawn, how it is said."""
+    """A type of sentence: how many meanings the corpus has, how one is drawn, and how it is rendered."""
 
     meanings: int
     draw: Callable[[Random], tuple[Any, ...]]

@@ -1,7 +1,7 @@
-"""The corpus: aligned sentences in many languages, split so that no test sentence was read in training.
+"""The corpus: aligned sentences in many languages, split so that no test sentence is seen in training.
 
-The one that ships, `files/corpus.tsv.xz`, is a tab-separated table, one meaning a row: `split`, `kind`, then one column
-a language, named by its FLORES-200 code. `moe_edu.data.build` makes it.
+The one that ships, `files/corpus.tsv.xz`, is a tab-separated table with one meaning per row: `split`, `kind`, then one
+column per language, named by its FLORES-200 code. `moe_edu.data.build` makes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHECKSUM_FILE = "corpus.tsv.xz.sha256"  # as `sha256sum` writes it
 
 
 class SentencePair(NamedTuple):
-    """A sentence and its translation, with what reports are grouped by."""
+    """A sentence and its translation, with the fields that reports group by."""
 
     source: str
     target: str
@@ -30,7 +30,7 @@ class SentencePair(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Aligned sentences: `rows[i][j]` says meaning `i` in `languages[j]`, or is None where it is missing.
+    """Aligned sentences: `rows[i][j]` says meaning `i` in `languages[j]`, or is None if it is missing.
 
     `kinds[i]` is the type of sentence of row `i`, such as "date".
     """
@@ -83,9 +83,9 @@ class Corpus:
     def sentence_pairs(
         self, split: str, sources: Sequence[str] | None = None, targets: Sequence[str] = ("eng_Latn",)
     ) -> list[SentencePair]:
-        """Every pair of the split from one of `sources` (default: all languages) into another one of `targets`.
+        """Every pair of the split from one of `sources` (default: all languages) into a different one of `targets`.
 
-        In order of the rows, then of the sources, then of the targets.
+        Ordered by row, then by source, then by target.
         """
         table = self.split(split)
         sources = self.languages if sources is None else sources
@@ -132,7 +132,7 @@ def parse_shipped(compressed: bytes, checksum: str) -> Corpus:
 
 
 def make_corpus(name: str, languages: tuple[str, ...], rows: Sequence[Sequence[str]]) -> Corpus:
-    """Build a corpus of rows `[split, kind, text, ...]`, an empty text being a missing one."""
+    """Build a corpus of rows `[split, kind, text, ...]`; an empty text is a missing one."""
     tables = []
     for split in SPLITS:
         chosen = [row for row in rows if row[0] == split]

@@ -1,7 +1,7 @@
 """A pocket dictionary: the names of 400 things in 63 languages, as people wrote them for CLDR's emoji.
 
-The one that ships, `files/dictionary.tsv.xz`, is a tab-separated table, one concept a row: its emoji, then its name in
-each language, the column named by its FLORES-200 code. `moe_edu.data.dictionary_build` makes it.
+The one that ships, `files/dictionary.tsv.xz`, is a tab-separated table with one concept per row: its emoji, then its
+name in each language, in columns named by FLORES-200 code. `moe_edu.data.dictionary_build` makes it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Dictionary:
-    """The table, and its cells cut into splits.
+    """The table, and its cells divided into splits.
 
     Attributes:
-        concepts: the English names, in order; one names a row.
+        concepts: the English names in order, one per row.
         emoji: the picture of each concept.
         languages: FLORES-200 codes, English among them.
-        train, valid, test: the cells, row by row. A cell is in one split only. Its *spelling* may be in another under
-            another language ("pizza" is a word nearly everywhere): that is what a held-out name can be guessed from.
+        train, valid, test: the cells, row by row. A cell is in one split only. Its *spelling* may be in another split
+            under another language ("pizza" is a word nearly everywhere), which is how a held-out name can be guessed.
     """
 
     concepts: tuple[str, ...]
@@ -55,7 +55,7 @@ class Dictionary:
 
 
 def split_of(concept: str, language: str) -> str:
-    """The split of one cell, drawn by the SHA-256 of its name: no other cell and no order has a say."""
+    """The split of one cell, drawn by the SHA-256 of its name, so that it depends on no other cell and on no order."""
     digest = hashlib.sha256(f"{concept}\t{language}".encode()).digest()
     draw = int.from_bytes(digest[:8], "big") / 2**64
     if draw < HELD_OUT_SHARE:
@@ -77,7 +77,7 @@ def parse_dictionary(compressed: bytes, checksum: str) -> Dictionary:
     """Check the bytes of a dictionary file against its `sha256sum` line, and read them.
 
     Raises:
-        CorpusError: the bytes are not those that the checksum was made of.
+        CorpusError: the bytes do not match the checksum.
     """
     header, *lines = unpack_checked(compressed, checksum, DICTIONARY_FILE, "moe_edu.data.dictionary_build")
     languages = tuple(header.split("\t")[1:])

@@ -21,9 +21,9 @@ PACKAGE = ("cldr-annotations-full", "48.2.0")
 CONCEPTS = 400
 LONGEST_NAME = 12  # characters
 
-# FLORES-200 code -> CLDR locale. Of those in which CLDR names nearly every emoji, 63 chosen by hand for breadth: 21
-# scripts, at most a few close relatives. Chinese, Japanese and Korean are left out, since a name there is one to three
-# characters out of thousands, each of which is a concept of its own.
+# FLORES-200 code -> CLDR locale. 63 of those in which CLDR names nearly every emoji, chosen by hand for breadth: 21
+# scripts, few close relatives. Chinese, Japanese and Korean are left out, since their names are one to three characters
+# out of thousands, each of which is a concept of its own.
 LOCALES = {
     "afr_Latn": "af", "als_Latn": "sq", "amh_Ethi": "am", "arb_Arab": "ar", "azj_Latn": "az", "ben_Beng": "bn",
     "bul_Cyrl": "bg", "cat_Latn": "ca", "ces_Latn": "cs", "cym_Latn": "cy", "dan_Latn": "da", "deu_Latn": "de",
@@ -42,11 +42,11 @@ Names = dict[str, str]  # emoji -> name
 
 
 def read_package(package: Path) -> dict[str, Names]:
-    """Every language's names from the unpacked npm package.
+    """The names in every language, from the unpacked npm package.
 
     Raises:
-        RuntimeError: another package or version.
-        OSError: no package there.
+        RuntimeError: the wrong package or version.
+        OSError: no package in this folder.
     """
     about = json.loads((package / "package.json").read_text(encoding="utf-8"))
     if (about["name"], about["version"]) != PACKAGE:
@@ -65,7 +65,7 @@ def read_package(package: Path) -> dict[str, Names]:
 
 
 def choose_concepts(english: Names) -> list[str]:
-    """The emoji proper, from U+1F000 on, that one plain English word names."""
+    """The emoji from U+1F000 on whose English name is one plain word."""
     return [
         emoji
         for emoji, name in english.items()
@@ -74,7 +74,7 @@ def choose_concepts(english: Names) -> list[str]:
 
 
 def usable_names(names: Names, concepts: list[str]) -> dict[str, str]:
-    """The short names of one language that stand for one concept only, whatever their case."""
+    """The short names of one language that, ignoring case, stand for one concept only."""
     known = {concept: names[concept] for concept in concepts if concept in names}
     times_used = Counter(name.casefold() for name in known.values())
     return {
@@ -85,7 +85,7 @@ def usable_names(names: Names, concepts: list[str]) -> dict[str, str]:
 
 
 def build_table(names: Mapping[str, Names], num_concepts: int = CONCEPTS) -> str:
-    """The concepts that most languages name, sorted by their English names, as tab-separated text."""
+    """The concepts named in the most languages, sorted by English name, as tab-separated text."""
     concepts = choose_concepts(names["eng_Latn"])
     usable = {language: usable_names(of_language, concepts) for language, of_language in names.items()}
     english = usable["eng_Latn"]

@@ -29,7 +29,7 @@ class Language:
 
 
 class UnknownLanguageError(ValueError):
-    """A code that is not in `files/languages.tsv`; the message offers the nearest ones."""
+    """A code that is not in `files/languages.tsv`; the message suggests similar ones."""
 
 
 @cache
@@ -44,7 +44,7 @@ def get_language(code: str) -> Language:
     """Return the language with this FLORES-200 code.
 
     Raises:
-        UnknownLanguageError: no such code; the message names up to three near ones, by code or English name.
+        UnknownLanguageError: no such code; the message suggests up to three, similar in code or English name.
     """
     language = all_languages().get(code)
     if language is None:
@@ -53,7 +53,7 @@ def get_language(code: str) -> Language:
 
 
 def unknown_language_message(code: str, known: Mapping[str, Language]) -> str:
-    """Say that `code` is unknown, and which of the `known` languages look or sound like it.
+    """Say that `code` is unknown, and which `known` languages have a similar code or name.
 
     >>> unknown_language_message("French", all_languages())
     "unknown language 'French'; did you mean fra_Latn (French)?"
@@ -73,7 +73,7 @@ def require_languages(codes: Iterable[str], known: Collection[str], where: str) 
     """Check that every code is one of the `known` languages of `where` ("the corpus", "the model").
 
     Raises:
-        UnknownLanguageError: the first code that is not, with near matches.
+        UnknownLanguageError: the first code that is not; the message suggests some that are.
     """
     for code in codes:
         if code in known:

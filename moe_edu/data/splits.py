@@ -1,4 +1,4 @@
-"""Cut a table of translations into train, valid and test so that no sentence is in two of them."""
+"""Divide a table of translations into train, valid and test so that no sentence is in two of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ SPLITS = ("train", "valid", "test")
 def group_rows(rows: Sequence[Sequence[str | None]]) -> list[list[int]]:
     """Group the rows that share a string, in any language, directly or through other rows.
 
-    Two meanings can have the same words in one language, as a pound of weight and one of money may. Held apart, one of
-    them in the test would have been read in training. Returns lists of row numbers, ordered by their first.
+    Two meanings can have the same words in one language, such as a pound of weight and one of money. If split
+    separately, one could be in the test and the other in training. Returns lists of row numbers.
     """
     parent = list(range(len(rows)))
 
@@ -38,9 +38,9 @@ def assign_splits(
     """Give every row its split; rows that share a string in any language get the same one.
 
     `held_out` maps `valid` and `test` to their shares of the rows; the rest is `train`. Each held-out split gets at
-    least one group, and no more than its share unless its one group is larger. None if there are too few groups.
+    least one group, and no more than its share unless its only group is larger. Returns None if groups are too few.
     """
-    # `Random.random()` is the one method whose sequence Python promises to keep between versions.
+    # `Random.random()` is the only method whose sequence Python promises to keep between versions.
     groups = [group for _, group in sorted((rng.random(), group) for group in group_rows(rows))]
     if len(groups) <= len(held_out):
         return None

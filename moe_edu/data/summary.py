@@ -1,4 +1,4 @@
-"""What is in the corpus, in numbers: `python -m moe_edu.data.summary [folder or TSV]`."""
+"""The size of the corpus: `python -m moe_edu.data.summary [folder or TSV]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_edu.data.user_data import read_corpus
 def corpus_summary(corpus: Corpus | None = None) -> str:
     """Count meanings, sentences and tokens of a corpus, by split and kind. Default: the shipped one.
 
-    Tokens are those of a tokenizer of the default size trained on the training split, with the language tag and
+    Tokens come from a tokenizer of the default size, trained on the training split. They include the language tag and
     `</s>`, as the model reads them.
     """
     corpus = corpus or load_corpus()
@@ -25,7 +25,7 @@ def corpus_summary(corpus: Corpus | None = None) -> str:
         f"corpus {corpus.name}: {len(languages)} languages, {len({x.script for x in languages})} scripts, "
         f"{len({x.family for x in languages})} families",
         f"{'split':<6} {'meanings':>9} {'sentences':>10} {'missing':>8} {'words':>6} {'chars':>6} {'tokens':>7}"
-        "   (the last three: the mean of a sentence)",
+        "   (the last three: means per sentence)",
     ]
     for split in SPLITS:
         table = corpus.split(split)
@@ -43,7 +43,7 @@ def corpus_summary(corpus: Corpus | None = None) -> str:
 
 
 def count_kinds(corpus: Corpus) -> dict[str, int]:
-    """How many meanings of each kind there are, over all splits."""
+    """How many meanings of each kind there are in all splits."""
     kinds = [kind for split in SPLITS for kind in corpus.split(split).kinds]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 

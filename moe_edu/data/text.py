@@ -1,19 +1,19 @@
-"""One spelling for every sentence: what the corpus holds, the tokenizer sees, and a reader typed."""
+"""One spelling for every sentence, whether from the corpus, for the tokenizer, or typed by a reader."""
 
 from __future__ import annotations
 
 import unicodedata
 
-WORD_START = "▁"  # SentencePiece's mark for "a word starts here"; the tokenizer writes it for a space
+WORD_START = "▁"  # SentencePiece's mark for the start of a word; the tokenizer replaces spaces by it
 
 
 def _replacements() -> dict[int, str | None]:
     """Code points that `normalize_text` replaces (a string) or removes (None).
 
     * Control characters and SentencePiece's own `▁` become spaces.
-    * Marks that only steer the display go: CLDR puts bidi controls and byte order marks around numbers.
-      U+200C and U+200D stay, since Persian and the Indic scripts spell with them.
-    * Lone surrogates are not text, and UTF-8 cannot hold them: U+FFFD stands in.
+    * Marks that only control the display are removed: CLDR puts bidi controls and byte order marks around numbers.
+      U+200C and U+200D stay, since Persian and the Indic scripts use them in spelling.
+    * Lone surrogates are not text, and UTF-8 cannot hold them: they become U+FFFD.
     """
     controls = [code for code in range(0xA0) if unicodedata.category(chr(code)) == "Cc"]
     invisible = [0x00AD, 0x061C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060]
@@ -29,13 +29,13 @@ _REPLACEMENTS = _replacements()
 
 
 def normalize_text(text: str) -> str:
-    """Return `text` in NFC, with single plain spaces between words and none around it.
+    """Return `text` in NFC, with single plain spaces between words and none at the ends.
 
     No-break, narrow and line-breaking spaces become plain ones; bidi and other invisible display controls
-    and byte order marks are removed. Total, and idempotent: `normalize_text(normalize_text(t)) ==
+    and byte order marks are removed. Accepts any string, and is idempotent: `normalize_text(normalize_text(t)) ==
     normalize_text(t)`.
     """
     if not text.isascii() or not text.isprintable():
-        # Removing a mark can bring together two characters that compose, so NFC comes after.
+        # Removing a mark can bring together two characters that compose, so NFC comes last.
         text = unicodedata.normalize("NFC", text.translate(_REPLACEMENTS))
     return " ".join(text.split())

@@ -1,11 +1,11 @@
-"""Text to token ids and back: byte-fallback BPE, with one control token a language as NLLB has them.
+"""Text to token ids and back: byte-fallback BPE, with one control token per language, as in NLLB.
 
-Ids, in order: `<s> <pad> </s> <unk>` as in NLLB, one tag a language, `und` for a source in an undetermined language
+Ids, in order: `<s> <pad> </s> <unk>` as in NLLB, one tag per language, `und` for a source in an undetermined language
 (its BCP 47 name), the 256 bytes, the most common characters, and the merges of BPE (Sennrich et al. 2016,
 arXiv:1508.07909).
 
-The BPE model does not know the control tokens: their ids lie below its own. So a text that spells one out, "</s>" or
-"fra_Latn", is only text, whatever it was trained on.
+The BPE model does not know the control tokens: their ids are below its own. So a text that spells one out, such as
+"</s>" or "fra_Latn", is only text, whatever the model was trained on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 UNDETERMINED = "und"
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 MAX_PIECE_CHARS = 16  # no piece is longer: whole phrases are not worth an id
-ALPHABET_SHARE = 0.3  # of the vocabulary; rarer characters are spelled in bytes
+ALPHABET_SHARE = 0.3  # of the vocabulary; rarer characters are written as bytes
 FORMAT = "moe_edu tokenizer 1"
 
 
@@ -37,7 +37,7 @@ _WORD = re.compile(rf"{WORD_START}[^{WORD_START}\d]*|\d|[^{WORD_START}\d]+")
 
 
 def split_words(text: str) -> list[str]:
-    """Cut the normalized text into the strings that BPE works within: words, and every digit alone.
+    """Split the normalized text into the strings within which BPE merges: words, and every digit on its own.
 
     >>> split_words("1 août 1996")
     ['▁', '1', '▁août', '▁', '1', '9', '9', '6']
@@ -61,10 +61,10 @@ class Tokenizer:
     def __init__(
         self, languages: Sequence[str], pieces: Sequence[str], merges: Sequence[tuple[str, str]]
     ) -> None:
-        """Build from `pieces`, the BPE's vocabulary in the order of its ids, the bytes first, and its `merges`.
+        """Build from the BPE's `pieces`, in the order of their ids with the bytes first, and its `merges`.
 
         Raises:
-            ValueError: the parts do not fit together.
+            ValueError: pieces and merges are inconsistent.
             UnknownLanguageError: a language is not one of FLORES-200's.
         """
         self.languages = tuple(languages)
@@ -82,13 +82,13 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], languages: Sequence[str], vocab_size: int = 3000) -> Tokenizer:
-        """Learn the pieces from `texts`, which should be those of the training split alone.
+        """Learn the pieces from `texts`, which should be those of the training split only.
 
-        The result depends only on how often each text occurs. It has at most `vocab_size` ids, fewer where
-        the texts do not offer enough pairs that occur twice.
+        The result depends only on how often each text occurs. It has at most `vocab_size` ids, fewer if
+        the texts have too few pairs that occur twice.
 
         Raises:
-            ValueError: `vocab_size` leaves no room for pieces beside the tags and the 256 bytes.
+            ValueError: `vocab_size` leaves no room for pieces after the tags and the 256 bytes.
         """
         room = vocab_size - len(SPECIALS) - len(languages) - 1 - len(BYTES)
         if room < 1:
@@ -98,7 +98,7 @@ class Tokenizer:
             )
         words = ["\n".join(split_words(text)) for text in texts]
         alphabet = _choose_alphabet(words, min(room, int(ALPHABET_SHARE * vocab_size)))
-        # The trainer would drop an unknown character and so make neighbours of the characters around it; cut there.
+        # The trainer would drop an unknown character and so make its neighbours adjacent: split there.
         cuts = {ord(char): "\n" for char in set(chain.from_iterable(words)).difference(alphabet)}
         learner = BPETokenizer(models.BPE())
         learner.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
@@ -130,29 +130,29 @@ class Tokenizer:
         return self._framed(self.encode_pieces([text])[0], language)
 
     def encode_target(self, text: str, language: str) -> list[int]:
-        """`[language] tokens </s>`, what the decoder should write; its input is this shifted behind `</s>`."""
+        """`[language] tokens </s>`, what the decoder should write; its input is this shifted right, after `</s>`."""
         return self._framed(self.encode_pieces([text])[0], language)
 
     def encode_source_batch(
         self, texts: Sequence[str], languages: str | Sequence[str] = UNDETERMINED
     ) -> list[list[int]]:
-        """`encode_source` of every text, in one language or in one each."""
+        """`encode_source` of every text, all in one language or with one language each."""
         return self._framed_batch(texts, languages)
 
     def encode_target_batch(self, texts: Sequence[str], languages: str | Sequence[str]) -> list[list[int]]:
-        """`encode_target` of every text, in one language or in one each."""
+        """`encode_target` of every text, all in one language or with one language each."""
         return self._framed_batch(texts, languages)
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of every text, without tag and `</s>`."""
         texts_words = [split_words(text) for text in texts]
-        # The same few words fill most sentences: encode each once.
+        # Most sentences consist of the same few words: encode each word once.
         words = list(dict.fromkeys(chain.from_iterable(texts_words)))
         ids = {w: e.ids for w, e in zip(words, self._bpe.encode_batch_fast(words), strict=True)}
         return [list(chain.from_iterable(map(ids.__getitem__, split))) for split in texts_words]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; special tokens and tags are left out, bytes that are not UTF-8 give U+FFFD.
+        """The text of the ids; special tokens and tags are left out, and bytes that are not UTF-8 give U+FFFD.
 
         Raises:
             ValueError: an id that the tokenizer does not have.
@@ -162,7 +162,7 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace").removeprefix(" ")
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Each id as people read it: `fra_Latn`, `▁août` (`▁` starts a word), `<0xE2>` (a byte), `</s>`."""
+        """A readable form of each id: `fra_Latn`, `▁août` (`▁` starts a word), `<0xE2>` (a byte), `</s>`."""
         names = self._controls + self._pieces
         return [names[self._checked(i)] for i in ids]
 
@@ -176,7 +176,7 @@ class Tokenizer:
         return json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokenizer as JSON; a file that was there stays whole if writing fails."""
+        """Write the tokenizer as JSON; an existing file stays intact if writing fails."""
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(self.to_json(), encoding="utf-8")
@@ -187,7 +187,7 @@ class Tokenizer:
         """Read a tokenizer that `save` wrote.
 
         Raises:
-            TokenizerError: the file is missing, damaged, or something else.
+            TokenizerError: the file is missing, damaged, or not a tokenizer.
         """
         try:
             parts = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -203,8 +203,8 @@ class Tokenizer:
             raise TokenizerError(f"cannot read the tokenizer {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise TokenizerError(
-                f"{path} is not a tokenizer of moe_edu, or is damaged: {error}; take it from the folder of the model "
-                "again, or train anew"
+                f"{path} is not a moe_edu tokenizer, or is damaged: {error}; copy it from the model's folder "
+                "again, or retrain"
             ) from error
 
     def _framed(self, pieces: list[int], language: str) -> list[int]:
@@ -222,9 +222,9 @@ class Tokenizer:
 
 
 def _choose_alphabet(lines: Iterable[str], size: int) -> list[str]:
-    """`▁`, which decoding needs, and the most common characters of those that occur twice, at most `size` in all.
+    """`▁`, which decoding needs, and the most common characters that occur at least twice, at most `size` in all.
 
-    The BPE trainer could choose, but breaks ties by the order of a hash table, so its choice varies from run to run.
+    The BPE trainer can choose too, but breaks ties by hash order, so its choice varies from run to run.
     """
     counts = Counter(chain.from_iterable(lines))
     del counts["\n"]  # between the words
@@ -238,9 +238,7 @@ def _check_parts(languages: Sequence[str], pieces: Sequence[str], merges: Sequen
     if len(set(languages)) < len(languages):
         raise ValueError("a language is named twice")
     if tuple(pieces[:256]) != BYTES or len(known) < len(pieces) or WORD_START not in known:
-        raise ValueError(
-            f"the pieces must begin with the 256 bytes, have {WORD_START}, and each be there once"
-        )
+        raise ValueError(f"the pieces must begin with the 256 bytes, include {WORD_START}, and be unique")
     for left, right in merges:
         if not {left, right, left + right} <= known:
             raise ValueError(f"the merge of {left!r} and {right!r} is not among the pieces")

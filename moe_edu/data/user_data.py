@@ -1,6 +1,6 @@
 """Your own translations: a folder in the layout of FLORES-200, or a tab-separated table.
 
-Nothing is half-read: either a whole `Corpus` comes back, or a `CorpusError` with file, line and mend. Files are UTF-8;
+Nothing is half-read: you get either a whole `Corpus` or a `CorpusError` with file, line and fix. Files are UTF-8;
 a byte order mark at the start is allowed. Every sentence goes through `normalize_text`.
 """
 
@@ -20,25 +20,26 @@ from moe_edu.data.text import normalize_text
 
 MAX_FILE_BYTES = 512 * 2**20
 MAX_SENTENCE_CHARS = 5_000
-VALID_EVERY = 10  # of FLORES's dev lines, every tenth validates
+VALID_EVERY = 10  # every tenth of FLORES's dev lines is for validation
 HELD_OUT = {"valid": 0.05, "test": 0.05}  # shares of a table that does not name its splits
 DEFAULT_KIND = "sentence"
 
 
 def read_corpus(path: str | os.PathLike[str]) -> Corpus:
-    """Read a folder as `read_flores` does, and a file as `read_tsv` does."""
+    """Read a folder with `read_flores`, or a file with `read_tsv`."""
     return read_flores(path) if Path(path).is_dir() else read_tsv(path)
 
 
 def read_flores(folder: str | os.PathLike[str]) -> Corpus:
-    """Read a folder in FLORES-200's layout: `dev/eng_Latn.dev`, `devtest/eng_Latn.devtest`, one sentence a line.
+    """Read a folder in FLORES-200's layout: `dev/eng_Latn.dev`, `devtest/eng_Latn.devtest`, one sentence per line.
 
-    Line i of every file of a split says the same. Of `dev` every tenth line, from the first on, is for validation and
-    the others are for training; `devtest` is the test. An empty line is a missing sentence. Every kind is "sentence".
+    Line i of every file of a split has the same meaning. In `dev` every tenth line, starting with the first, is for
+    validation and the others are for training; `devtest` is the test. An empty line is a missing sentence. Every kind
+    is "sentence".
 
     Raises:
-        CorpusError: a file is missing, is no text, has a language code that FLORES-200 does not, or another number of
-            lines than the first one.
+        CorpusError: a file is missing, is not text, has a language code that is not FLORES-200's, or a different
+            number of lines than the first file.
     """
     folder = Path(folder)
     languages = _flores_languages(folder / "dev", ".dev")
@@ -59,16 +60,16 @@ def read_flores(folder: str | os.PathLike[str]) -> Corpus:
 
 
 def read_tsv(path: str | os.PathLike[str]) -> Corpus:
-    """Read a tab-separated table whose header names the columns: FLORES-200 codes, and if you like `split`, `kind`.
+    """Read a tab-separated table whose header names the columns: FLORES-200 codes and, optionally, `split` and `kind`.
 
     A row is one meaning in every language; an empty cell is a missing sentence. There is no quoting: a sentence has
-    no tab and no line break. `split` is train, valid or test; without that column, a twentieth of the rows each goes to
-    valid and test, always the same ones, so that no sentence is in two splits. `kind` is any short label that reports
-    should group by.
+    no tab and no line break. `split` is train, valid or test; without that column, valid and test each get a twentieth
+    of the rows, always the same ones, chosen so that no sentence is in two splits. `kind` is any short label that
+    reports should group by.
 
     Raises:
-        CorpusError: the file is missing or no text; a column is unknown or there twice; a row has another number of
-            cells than the header, has no sentence, or an unknown split; a split would be empty.
+        CorpusError: the file is missing or not text; a column is unknown or repeated; a row has a different number of
+            cells than the header, no sentence, or an unknown split; a split would be empty.
     """
     path = Path(path)
     header, *lines = _read_lines(path)
@@ -94,7 +95,9 @@ def read_tsv(path: str | os.PathLike[str]) -> Corpus:
         _assign_splits(path, rows)
     missing = [split for split in SPLITS if split not in {row[0] for row in rows}]
     if missing:
-        raise CorpusError(f"{path}: no row is for {missing[0]}; add some, or leave the column `split` out")
+        raise CorpusError(
+            f"{path}: the split {missing[0]} has no rows; add some, or leave out the column `split`"
+        )
     return make_corpus(path.stem, languages, rows)
 
 
@@ -103,7 +106,7 @@ def _assign_splits(path: Path, rows: list[list[str]]) -> None:
     splits = assign_splits([[text or None for text in row[2:]] for row in rows], HELD_OUT, Random(0))
     if splits is None:
         raise CorpusError(
-            f"{path}: fewer than three rows that share no sentence, so train, valid and test cannot be kept apart; "
+            f"{path}: fewer than three rows that share no sentence, so train, valid and test cannot be separated; "
             "add rows, or a column `split`"
         )
     for row, split in zip(rows, splits, strict=True):
@@ -111,10 +114,10 @@ def _assign_splits(path: Path, rows: list[list[str]]) -> None:
 
 
 def _language_columns(path: Path, columns: Sequence[str]) -> tuple[str, ...]:
-    """The language codes of a header, which must be known, at least two, and there once."""
+    """The language codes of a header, which must be known, unique and at least two."""
     for column in columns:
         if columns.count(column) > 1:
-            raise CorpusError(f"{path}:1: the column {column[:40]!r} is there twice")
+            raise CorpusError(f"{path}:1: the column {column[:40]!r} is repeated")
     languages = tuple(column for column in columns if column not in ("split", "kind"))
     for language in languages:
         try:
@@ -129,13 +132,13 @@ def _language_columns(path: Path, columns: Sequence[str]) -> tuple[str, ...]:
 
 
 def _flores_languages(folder: Path, suffix: str) -> tuple[str, ...]:
-    """The codes of the files `<code><suffix>`, in order; other files are none of ours."""
+    """The codes of the files `<code><suffix>`, in order; other files are ignored."""
     try:
         files = [path for path in folder.iterdir() if path.suffix == suffix and not path.name.startswith(".")]
         languages = tuple(sorted(path.stem for path in files))
     except OSError as error:
         raise CorpusError(
-            f"{folder}: cannot be read ({error.strerror}); FLORES-200 has dev and devtest"
+            f"{folder}: cannot be read ({error.strerror}); a FLORES-200 folder has dev and devtest"
         ) from error
     if len(languages) < 2:
         raise CorpusError(
@@ -167,14 +170,14 @@ def _read_aligned(paths: Sequence[Path]) -> list[tuple[str | None, ...]]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, of which there is at least one; both `\\n` and `\\r\\n` end a line."""
+    """The lines of a UTF-8 file, at least one; both `\\n` and `\\r\\n` end a line."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read ({error.strerror})") from error
     if len(data) > MAX_FILE_BYTES:
-        raise CorpusError(f"{path}: larger than {MAX_FILE_BYTES // 2**20} MiB; take a part of it")
+        raise CorpusError(f"{path}: larger than {MAX_FILE_BYTES // 2**20} MiB; use a part of it")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise CorpusError(f"{path}:1: this is UTF-16; save it as UTF-8")
     if (nul := data.find(b"\0")) >= 0:
@@ -182,7 +185,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
-        # `error.object` lacks the byte order mark, which is not a line either.
+        # `error.object` lacks the byte order mark, which does not change line numbers.
         raise CorpusError(
             f"{path}:{_line_number(error.object, error.start)}: not UTF-8 "
             f"(byte 0x{error.object[error.start]:02X}); save the file as UTF-8"

@@ -1,4 +1,4 @@
-"""The bilingual batch repeats, and drop rates are what the router drops."""
+"""The bilingual batch is always the same, and drop rates count what the router drops."""
 
 import math
 
@@ -15,7 +15,7 @@ def random_logits(tokens=64, experts=4):
     return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_the_batch_repeats_and_is_the_callers_own():
+def test_each_call_gives_its_own_copy_of_the_same_batch():
     batch = bilingual_batch()
     assert torch.equal(batch.logits, bilingual_batch().logits)
     assert batch.logits.shape == (len(batch.words), 8)
@@ -23,7 +23,7 @@ def test_the_batch_repeats_and_is_the_callers_own():
     assert bilingual_batch().logits.any()
 
 
-def test_skew_adds_from_expert_0_down_and_leaves_its_input():
+def test_skew_favours_the_first_experts_and_keeps_its_input():
     logits = random_logits()
     before = logits.clone()
     added = skew_logits(logits, 3.0) - logits
@@ -46,16 +46,16 @@ def test_more_room_never_drops_more():
     for prioritized in (False, True):
         rates = drop_rates(random_logits(), FACTORS, SKEWS, batch_prioritized=prioritized)
         assert (rates.diff(dim=1) <= 0).all()
-        assert (rates[:, -1] == 0).all()  # E/2 times the even share is room for everybody in any two experts
+        assert (rates[:, -1] == 0).all()  # at E/2 times the even share any two experts have room for all
 
 
-def test_a_router_that_has_collapsed_keeps_what_two_experts_hold():
+def test_a_collapsed_router_keeps_what_two_experts_hold():
     # Every token wants experts 0 and 1, so both keep the same tokens: the first C of the batch.
     rates = drop_rates(torch.zeros(64, 4, dtype=torch.float64), (0.25, 0.5, 1.0), (30.0,))
     assert rates.tolist() == [[1 - 8 / 64, 1 - 16 / 64, 1 - 32 / 64]]
 
 
-def test_the_surface_shows_the_rates_and_says_where_it_is_worst():
+def test_the_surface_shows_the_rates_and_names_the_worst():
     rates = drop_rates(random_logits(), FACTORS, SKEWS)
     fig = drop_rate_figure(rates.tolist(), FACTORS, SKEWS)
     surface, one_per_cent = fig.data

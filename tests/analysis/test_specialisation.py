@@ -49,7 +49,7 @@ class TestLoadMatrix:
         assert load_matrix(labels, choices, 2, 3).tolist() == [[1, 1, 2], [1, 0, 0]]
         assert load_matrix(labels, choices[:, 0], 2, 3).tolist() == [[0, 0, 2], [1, 0, 0]]
 
-    def test_padding_counts_for_nobody(self):
+    def test_padding_is_not_counted(self):
         routing = top2_gating(torch.randn(6, 4), capacity=6, padding=torch.tensor([False] * 4 + [True] * 2))
         assert load_matrix(torch.zeros(6, dtype=torch.long), routing.expert_index, 1, 4).sum() == 8
 
@@ -62,7 +62,7 @@ class TestLoadMatrix:
     @pytest.mark.parametrize(
         ("labels", "choices"), [([0, 2], [0, 0]), ([-1, 0], [0, 0]), ([0, 0], [0, 3]), ([0], [0, 0])]
     )
-    def test_refuses_what_does_not_fit(self, labels, choices):
+    def test_refuses_invalid_arguments(self, labels, choices):
         with pytest.raises(ValueError, match=r"must (be|lie)"):
             load_matrix(torch.tensor(labels), torch.tensor(choices), 2, 3)
 
@@ -74,10 +74,10 @@ class TestEntropyAndInformation:
         assert entropy(torch.tensor([1, 3])).item() == pytest.approx(2 - 0.75 * math.log2(3))
         assert entropy(torch.tensor([[1, 1], [0, 0]])).tolist() == [1, 0]
 
-    def test_a_label_that_decides_the_expert_tells_all(self):
+    def test_a_label_that_decides_the_expert_reveals_all(self):
         assert mutual_information(torch.eye(8).mul(7).long()) == pytest.approx(3)
 
-    def test_a_label_that_does_not_matter_tells_nothing(self):
+    def test_a_label_that_does_not_matter_reveals_nothing(self):
         assert mutual_information(torch.tensor([[2, 4, 6], [3, 6, 9]])) == pytest.approx(0, abs=1e-12)
 
     def test_a_binary_symmetric_channel(self):
@@ -101,7 +101,7 @@ class TestEntropyAndInformation:
         expected = torch.where(p > 0, p * ratio.clamp(min=1e-300).log2(), 0.0).sum().item()
         assert mutual_information(table) == pytest.approx(max(expected, 0), abs=1e-9)
 
-    def test_miller_madow_is_what_independent_tokens_seem_to_tell(self):
+    def test_miller_madow_is_what_independent_tokens_seem_to_reveal(self):
         generator = torch.Generator().manual_seed(0)
         found, predicted = [], []
         for _ in range(200):
@@ -122,18 +122,18 @@ class TestMeasureInformation:
         assert measured.entropy == pytest.approx(float(entropy(table.sum(1))), abs=1e-9)
         assert measured.above_chance == measured.bits - measured.chance
 
-    def test_without_a_relation_only_chance_is_left(self):
+    def test_without_a_relation_only_chance_remains(self):
         labels, experts = torch.randint(0, 5, (2, 3000))
         measured = measure_information(labels, experts, permutations=50)
         assert abs(measured.above_chance) < 4 * measured.chance_std
 
-    def test_a_relation_stands_far_above_chance(self):
+    def test_a_relation_is_far_above_chance(self):
         labels = torch.randint(0, 5, (3000,))
         experts = torch.where(torch.rand(3000) < 0.3, labels, torch.randint(0, 5, (3000,)))
         measured = measure_information(labels, experts)
         assert measured.above_chance > 20 * measured.chance_std
 
-    def test_whole_sentences_are_not_taken_for_a_relation(self):
+    def test_whole_sentences_are_not_mistaken_for_a_relation(self):
         # 60 sentences whose 50 tokens all go to one expert, whatever the language: single tokens look related.
         sentence = torch.arange(60).repeat_interleave(50)
         language = torch.randint(0, 4, (60,))[sentence]
@@ -144,26 +144,26 @@ class TestMeasureInformation:
         assert abs(by_sentence.above_chance) < 4 * by_sentence.chance_std
         assert by_token.above_chance > 20 * by_token.chance_std
 
-    def test_beyond_the_token_a_router_that_reads_only_tokens_tells_nothing(self):
+    def test_beyond_the_token_a_router_that_reads_only_tokens_reveals_nothing(self):
         token = torch.randint(0, 6, (4000,))
         language = (token + torch.randint(0, 2, (4000,))) % 3  # tokens hint at the language
         expert = token % 4
         assert measure_information(language, expert).above_chance > 0.1
         assert measure_information(language, expert, given=token).bits == pytest.approx(0, abs=1e-9)
 
-    def test_beyond_the_token_a_router_that_reads_the_language_tells_all(self):
+    def test_beyond_the_token_a_router_that_reads_the_language_reveals_all(self):
         token, language = torch.randint(0, 3, (2, 4000))
         measured = measure_information(language, language, given=token)
         assert measured.bits == pytest.approx(measured.entropy)
         assert measured.entropy == pytest.approx(math.log2(3), abs=0.01)
 
-    def test_shuffling_within_tokens_keeps_what_the_token_tells(self):
+    def test_shuffling_within_tokens_keeps_what_the_token_reveals(self):
         # If the shuffle mixed tokens, chance would lose the dependence of language on token and be off.
         token = torch.arange(2000) % 2
         measured = measure_information(token, torch.randint(0, 3, (2000,)), given=token)
         assert measured.bits == measured.chance == pytest.approx(0, abs=1e-12)
 
-    def test_repeats_for_a_seed(self):
+    def test_a_seed_gives_the_same_result(self):
         labels, experts = torch.randint(0, 5, (2, 200))
         assert measure_information(labels, experts, seed=3) == measure_information(labels, experts, seed=3)
         assert (
@@ -238,7 +238,7 @@ class TestLeavingExpertsOut:
         assert torch.equal(again.expert_index, routing.expert_index)
         assert torch.equal(again.combine_weights, routing.combine_weights)
 
-    def test_silence_takes_the_expert_out_of_the_sum_alone(self):
+    def test_silence_only_removes_the_expert_from_the_sum(self):
         routing = top2_gating(torch.randn(20, 4), capacity=20)
         quiet = silence(routing, [1])
         expected = routing.combine_matrix()
@@ -264,7 +264,7 @@ class TestLeavingExpertsOut:
         after, _ = layer(hidden)
         assert torch.equal(after, before)
 
-    def test_the_layer_is_as_before_also_after_an_error(self, tiny_config):
+    def test_the_layer_is_restored_even_after_an_error(self, tiny_config):
         layer = SparseMLP(tiny_config()).eval()
         hidden = torch.randn(1, 3, layer.config.d_model)
         before, _ = layer(hidden)
@@ -276,7 +276,7 @@ class TestLeavingExpertsOut:
         config = tiny_config(num_experts=3)
         layer = SparseMLP(config).eval()
         routing = top2_gating(torch.randn(4, 3), capacity=4)
-        with pytest.raises(ValueError, match="at least one expert must stay"):
+        with pytest.raises(ValueError, match="at least one expert must remain"):
             route_without(routing, [0, 1, 2], config)
         with pytest.raises(ValueError, match="there is no expert 3"):
             silence(routing, [3])

@@ -23,7 +23,7 @@ def test_nllb_moe_on_its_256_gpus():
     assert nllb.expert_bytes == 2 * (2 * 2048 * 8192 + 8192 + 2048)
 
 
-def test_the_same_capacity_and_weights_as_the_layer_has():
+def test_capacity_and_weights_are_those_of_the_layer():
     cluster = Cluster(
         experts=8, devices=4, tokens_per_device=100, d_model=6, ffn_dim=10, capacity_factor=1.25
     )
@@ -64,7 +64,7 @@ def test_an_even_router_sends_what_the_padded_buffers_hold(shape):
         )
 
 
-def test_real_routing_arrives_whole():
+def test_every_row_of_real_routing_arrives():
     cluster = Cluster(experts=4, devices=8, tokens_per_device=10, d_model=3)
     torch.manual_seed(0)
     routings = [top2_gating(torch.randn(10, 4), capacity=cluster.capacity) for _ in range(8)]
@@ -79,8 +79,8 @@ def test_real_routing_arrives_whole():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"experts": 6, "devices": 4}, "6 experts do not share out evenly over 4 devices"),
-        ({"experts": 12, "devices": 12}, "groups of 12 devices and nodes of 8 cut each other"),
+        ({"experts": 6, "devices": 4}, "6 experts cannot be divided evenly among 4 devices"),
+        ({"experts": 12, "devices": 12}, "groups of 12 devices and nodes of 8 overlap in part"),
         ({"devices": 0}, "devices must be positive"),
         ({"capacity_factor": 0.0}, "capacity_factor must be positive"),
     ],
@@ -90,7 +90,7 @@ def test_impossible_clusters(fields, message):
         Cluster(**fields)
 
 
-def test_what_is_not_there():
+def test_unknown_experts_and_devices_are_refused():
     cluster = Cluster(experts=4, devices=2)
     with pytest.raises(IndexError, match="no expert 4"):
         holders(cluster, 4)

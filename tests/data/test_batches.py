@@ -15,7 +15,7 @@ LANGUAGES = ("eng_Latn", "fra_Latn", "jpn_Jpan", "arb_Arab")
 
 @pytest.fixture(scope="module")
 def corpus():
-    """A small corpus of real sentences, in which every seventh is missing."""
+    """A small corpus of real sentences, every seventh of which is missing."""
     source = load_corpus(LANGUAGES)
     rows = [
         [split, kind, *("" if (5 * i + j) % 7 == 0 else text for j, text in enumerate(row))]
@@ -69,7 +69,7 @@ def test_an_epoch_holds_every_pair_once(corpus, tokenizer, epoch):
     assert all(tag == source_language for _, _, source_language, _, tag in rows)
 
 
-def test_many_to_many_takes_every_source_once_into_any_other_language(corpus, tokenizer):
+def test_many_to_many_uses_every_source_once_into_any_other_language(corpus, tokenizer):
     batches = PairBatches(corpus, tokenizer, targets=LANGUAGES)
     epochs = [
         [row[:4] for batch in one_epoch(batches, epoch) for row in read_back(batch, tokenizer)]
@@ -84,7 +84,7 @@ def test_many_to_many_takes_every_source_once_into_any_other_language(corpus, to
             for row in corpus.train.rows
             if (text := row[i]) and sum(map(bool, row)) > 1
         )
-    # After 12 epochs nearly all of the pairs came up: each is drawn with probability 1/3 or more an epoch.
+    # After 12 epochs nearly all of the pairs came up: each is drawn with probability 1/3 or more per epoch.
     assert len({row for rows in epochs for row in rows}) > 0.97 * len(possible)
 
 
@@ -95,7 +95,7 @@ def test_a_language_that_is_named_twice_counts_once(corpus, tokenizer):
         assert same(a, b)
 
 
-def test_only_the_sources_that_are_named_are_read(corpus, tokenizer):
+def test_only_the_named_sources_are_read(corpus, tokenizer):
     batches = PairBatches(corpus, tokenizer, sources=["eng_Latn"], targets=LANGUAGES)
     rows = [row for batch in one_epoch(batches) for row in read_back(batch, tokenizer)]
     english = [row[LANGUAGES.index("eng_Latn")] for row in corpus.train.rows if sum(map(bool, row)) > 1]
@@ -131,7 +131,7 @@ def same(a, b):
     return torch.equal(a.source_ids, b.source_ids) and torch.equal(a.labels, b.labels)
 
 
-def test_the_stream_depends_on_the_seed_alone(corpus, tokenizer):
+def test_the_stream_depends_only_on_the_seed(corpus, tokenizer):
     first, again, other = (
         list(islice(PairBatches(corpus, tokenizer, seed=seed).stream(), 30)) for seed in (7, 7, 8)
     )
@@ -145,7 +145,7 @@ def test_epochs_differ(corpus, tokenizer):
 
 
 @given(st.integers(0, 200))
-def test_a_stream_goes_on_from_any_step(corpus, tokenizer, start):
+def test_a_stream_starts_at_any_step(corpus, tokenizer, start):
     batches = PairBatches(corpus, tokenizer, targets=LANGUAGES)
     assert len(batches.plan(0).order) < 150  # so that later epochs are reached
     whole = islice(batches.stream(), start, start + 3)
@@ -176,7 +176,7 @@ def test_long_sentences_are_left_out(corpus, tokenizer):
         PairBatches(corpus, tokenizer, max_tokens=2)
 
 
-def test_languages_that_are_not_there(corpus, tokenizer):
+def test_unknown_languages_are_refused(corpus, tokenizer):
     with pytest.raises(UnknownLanguageError, match=r"deu_Latn .* is not a language of this corpus"):
         PairBatches(corpus, tokenizer, targets=["deu_Latn"])
     with pytest.raises(UnknownLanguageError, match=r"deu_Latn .* is not a language of this corpus"):
@@ -225,6 +225,6 @@ def test_cuts_are_greedy_and_within_the_budget(widths, batch_tokens):
     assert list(chain.from_iterable(batches)) == widths
     for i, batch in enumerate(batches):
         assert len(batch) == 1 or max(batch) * len(batch) <= batch_tokens
-        if i + 1 < len(batches):  # the next sentence would not have fitted
+        if i + 1 < len(batches):  # the next sentence would not have fit
             more = [*batch, batches[i + 1][0]]
             assert max(more) * len(more) > batch_tokens

@@ -14,12 +14,12 @@ FILES = files("moe_edu.data").joinpath("files")
 
 
 def test_the_corpus_is_rebuilt_bit_for_bit():
-    # What the file holds, since another liblzma may compress the same table otherwise.
+    # Compare the contents: another liblzma may compress the same table to other bytes.
     shipped = lzma.decompress(FILES.joinpath(CORPUS_FILE).read_bytes())
     assert build.build_table().encode("utf-8") == shipped
 
 
-def test_what_is_built_can_be_loaded(monkeypatch, tmp_path, capsys):
+def test_a_built_corpus_can_be_loaded(monkeypatch, tmp_path, capsys):
     rows = "".join(f"{split}\tdate\tone {split}\tun {split}\n" for split in SPLITS)
     monkeypatch.setattr(build, "build_table", lambda: "split\tkind\teng_Latn\tfra_Latn\n" + rows)
     build.main([str(tmp_path)])
@@ -36,7 +36,7 @@ def test_what_is_built_can_be_loaded(monkeypatch, tmp_path, capsys):
         ("zho_Hans", ("date_time", (1968, 2, 25, "full", 17, 18)), "1968年2月25日星期日 17:18"),
         ("eng_Latn", ("date_time", (1968, 2, 25, "long", 17, 8)), "February 25, 1968, 5:08 PM"),
         ("deu_Latn", ("unit", ("1234.5", "length-kilometer")), "1.234,5 Kilometer"),
-        ("swe_Latn", ("unit", ("2", "mass-pound")), "2 pund"),  # only the short form is spelled out in CLDR
+        ("swe_Latn", ("unit", ("2", "mass-pound")), "2 pund"),  # CLDR has only the short form
         ("pol_Latn", ("two_units", ("5", "mass-kilogram", "2", "mass-gram")), "5 kilogramów i 2 gramy"),
         ("fra_Latn", ("relative_time", ("day", -45)), "il y a 45 jours"),
         ("eng_Latn", ("relative_time", ("day", 1)), "in 1 day"),
@@ -60,7 +60,7 @@ def test_known_sentences(code, meaning, text):
         ("languages", ("standard", "no-such-language", "fr")),
     ],
 )
-def test_what_a_locale_cannot_name_is_missing(meaning):
+def test_a_meaning_without_translation_is_missing(meaning):
     assert say(Meaning(*meaning), Locale.parse("fr")) is None
 
 

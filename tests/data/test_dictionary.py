@@ -80,7 +80,7 @@ def test_known_names(dictionary, cells):
     assert names["lion", "ell_Grek"] == "λιοντάρι"
 
 
-def test_the_split_is_the_same_for_ever():
+def test_the_split_never_changes():
     assert [split_of("dog", code) for code in ("deu_Latn", "fra_Latn")] == ["train", "train"]
     shares = Counter(split_of(str(i), "deu_Latn") for i in range(10_000))
     assert 400 < shares["valid"] < 600
@@ -104,7 +104,7 @@ def test_the_rules_of_the_table():
         "deu_Latn": {"🐕": "Hund", "🐈": "Katze", "🎼": "Partitur"},
         "spa_Latn": {"🐕": "animal", "🐈": "Animal", "🎼": "partitura musical"},
     }
-    # Two words, a sign that is no emoji, a name of two concepts, a long name: none of them gets in.
+    # Two words, a sign that is not an emoji, a name of two concepts and a long name are all left out.
     assert build_table(names, 2) == "emoji\teng_Latn\tdeu_Latn\tspa_Latn\n🐈\tcat\tKatze\t\n🐕\tdog\tHund\t\n"
 
 
@@ -117,7 +117,7 @@ def fake_package(folder, version=PACKAGE[1]):
         path.write_text(json.dumps({"annotations": {"annotations": annotations}}), encoding="utf-8")
 
 
-def test_what_is_built_can_be_loaded(tmp_path, capsys):
+def test_a_built_dictionary_can_be_loaded(tmp_path, capsys):
     fake_package(tmp_path)
     dictionary_build.main([str(tmp_path), str(tmp_path)])
     compressed = (tmp_path / DICTIONARY_FILE).read_bytes()

@@ -16,7 +16,7 @@ def test_the_table_is_complete_and_consistent():
         assert code == language.code
         assert language.script == code.split("_")[1]
         assert all((language.name, language.script_name, language.family, language.branch))
-    # A script has one name, and a language one family whatever its script.
+    # A script has one name, and a language has one family in every script.
     assert len({x.script for x in languages.values()}) == len(
         {(x.script, x.script_name) for x in languages.values()}
     )
@@ -41,7 +41,7 @@ def test_known_languages():
         ("por", "por_Latn (Portuguese)"),
     ],
 )
-def test_unknown_codes_offer_near_ones(typed, meant):
+def test_unknown_codes_get_similar_ones(typed, meant):
     with pytest.raises(UnknownLanguageError, match=re.escape(meant)) as caught:
         get_language(typed)
     assert repr(typed) in str(caught.value)

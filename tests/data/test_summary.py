@@ -5,7 +5,7 @@ from moe_edu.data.corpus import make_corpus
 from moe_edu.data.summary import corpus_summary, count_kinds
 
 
-def test_a_file_that_is_not_there_is_one_line(tmp_path):
+def test_a_missing_file_gives_one_line(tmp_path):
     command = [sys.executable, "-m", "moe_edu.data.summary", str(tmp_path / "none.tsv")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -13,7 +13,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_the_summary_counts_what_is_there():
+def test_the_summary_counts_the_corpus():
     rows = [
         ["train", "unit", "one two", "un"],
         ["train", "date", "three", ""],
@@ -23,7 +23,7 @@ def test_the_summary_counts_what_is_there():
     assert count_kinds(corpus) == {"unit": 1, "date": 3}
     first, _, train, valid, test, kinds, languages = corpus_summary(corpus).splitlines()
     assert first == "corpus small: 2 languages, 1 scripts, 1 families"
-    # Three sentences, a quarter of the cells is missing, 4 words and 14 characters in all.
+    # Three sentences with 4 words and 14 characters in all; a quarter of the cells is missing.
     assert train.split()[:6] == ["train", "2", "3", "25.0%", "1.3", "4.7"]
     assert valid.split()[:4] == ["valid", "1", "2", "0.0%"]
     assert test.split()[:4] == ["test", "1", "2", "0.0%"]

@@ -69,7 +69,7 @@ def test_text_never_becomes_a_control_token(tokenizer, text):
 def test_text_never_becomes_a_control_token_even_when_trained_on_it():
     hostile = [f"{control} {control * 2} <0xAB>" for control in CONTROLS] * 50
     tokenizer = Tokenizer.train(hostile, LANGUAGES, vocab_size=600)
-    assert "▁fra_Latn" in tokenizer.tokens(tokenizer.encode_pieces(["fra_Latn"])[0])  # learnt, as a word
+    assert "▁fra_Latn" in tokenizer.tokens(tokenizer.encode_pieces(["fra_Latn"])[0])  # learnt as a word
     for text in hostile:
         ids = tokenizer.encode_pieces([text])[0]
         assert min(ids) >= len(CONTROLS)
@@ -89,7 +89,7 @@ def test_ids_outside_are_refused(tokenizer, wrong):
             read([5, wrong])
 
 
-def test_batches_are_the_single_sentences(tokenizer, texts):
+def test_a_batch_equals_its_sentences_encoded_separately(tokenizer, texts):
     some = [*texts[:200], "", "🎉"]
     codes = [LANGUAGES[i % len(LANGUAGES)] for i in range(len(some))]
     one_by_one = [tokenizer.encode_source(text, code) for text, code in zip(some, codes, strict=True)]
@@ -131,7 +131,7 @@ def test_a_vocabulary_without_room_is_refused():
 
 
 @given(any_text)
-def test_words_put_together_are_the_text(text):
+def test_words_joined_are_the_text(text):
     words = split_words(text)
     assert "".join(words).replace("▁", " ").removeprefix(" ") == normalize_text(text)
     assert all(len(word) == 1 for word in words if any(char.isdecimal() for char in word))
@@ -142,7 +142,7 @@ def test_the_default_tokenizer_of_the_shipped_corpus():
     tokenizer = Tokenizer.train(corpus.train.texts(), corpus.languages)
     assert len(tokenizer) == 3000
     cells = tokenizer.encode_pieces(list(corpus.test.texts()))
-    # Measured: 12.7 tokens a sentence of the test, tag and </s> left out; 19.6 characters.
+    # Measured: 12.7 tokens (without tag and </s>) and 19.6 characters per test sentence.
     assert 12 < sum(map(len, cells)) / len(cells) < 13.5
     spelled = [token for token in tokenizer.tokens(chain.from_iterable(cells)) if token in BYTES]
     assert len(spelled) < 0.03 * sum(map(len, cells))
@@ -176,8 +176,8 @@ def edited(change):
         (edited(lambda parts: parts.pop("merges")), "must be lists"),
         (edited(lambda parts: parts.update(pieces={})), "must be lists"),
         (edited(lambda parts: parts["pieces"].append(3)), "must be lists"),
-        (edited(lambda parts: parts["pieces"].append(parts["pieces"][-1])), "each be there once"),
-        (edited(lambda parts: parts["pieces"].remove("▁")), "have ▁"),
+        (edited(lambda parts: parts["pieces"].append(parts["pieces"][-1])), "be unique"),
+        (edited(lambda parts: parts["pieces"].remove("▁")), "include ▁"),
         (edited(lambda parts: parts["pieces"].pop(0)), "begin with the 256 bytes"),
         (edited(lambda parts: parts["pieces"].pop()), "is not among the pieces"),
         (edited(lambda parts: parts["merges"].append(["a"])), "pair of pieces"),
@@ -204,7 +204,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path):
 
 @settings(max_examples=30)
 @given(st.data())
-def test_no_change_of_a_byte_gives_another_error(tokenizer, tmp_path_factory, data):
+def test_no_changed_byte_gives_any_other_error(tokenizer, tmp_path_factory, data):
     content = bytearray(tokenizer.to_json().encode())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -26,7 +26,7 @@ def flores(tmp_path):
     return tmp_path
 
 
-def test_what_macos_leaves_beside_a_file_is_ignored(flores):
+def test_the_hidden_files_of_macos_are_ignored(flores):
     (flores / "dev" / "._eng_Latn.dev").write_bytes(b"\0\5\x16\7")
     assert read_corpus(flores).languages == ("eng_Latn", "fra_Latn")
 
@@ -85,7 +85,7 @@ def test_a_table(tmp_path):
 @pytest.mark.parametrize(
     "encode", [lambda text: codecs.BOM_UTF8 + text.encode(), lambda text: text.replace("\n", "\r\n").encode()]
 )
-def test_what_spreadsheets_write_is_read_as_well(tmp_path, encode):
+def test_what_spreadsheets_write_is_read_too(tmp_path, encode):
     corpus = read_tsv(write(tmp_path, encode(HEADER + ROWS)))
     assert corpus.test.rows == (("three", "trois"),)
 
@@ -105,8 +105,9 @@ def test_a_table_without_splits_gets_leak_free_ones(tmp_path):
     [
         ("", r"mine\.tsv: the file is empty"),
         ("\n", r"mine\.tsv: the file is empty"),
-        (HEADER, "no row is for train"),
-        (HEADER + "train\tone\tun\ntest\tthree\ttrois\n", "no row is for valid; add some, or leave the column"),
+        (HEADER, "the split train has no rows"),
+        (HEADER + "train\tone\tun\ntest\tthree\ttrois\n", "the split valid has no rows; add some, or leave out the "
+        "column"),
         (HEADER + "train\tone\n", r"mine\.tsv:2: 2 cells, but the header has 3 columns"),
         (HEADER + ROWS + "train\ta\tb\tc\n", r"mine\.tsv:5: 4 cells, but the header has 3"),
         (HEADER + ROWS + "\n", r"mine\.tsv:5: 1 cells"),
@@ -116,7 +117,7 @@ def test_a_table_without_splits_gets_leak_free_ones(tmp_path):
         ("x" * 1_000_000 + "\n", r"mine\.tsv:1: unknown language"),
         ("eng_Latn\tfrench\na\tb\n", r"mine\.tsv:1: unknown language 'french'; did you mean fra_Latn"),
         ("eng_Latn\t\na\tb\n", r"mine\.tsv:1: unknown language ''"),
-        ("eng_Latn\teng_Latn\na\tb\n", r"mine\.tsv:1: the column 'eng_Latn' is there twice"),
+        ("eng_Latn\teng_Latn\na\tb\n", "mine\\.tsv:1: the column 'eng_Latn' is repeated"),
         ("eng_Latn\tkind\na\tb\n", r"mine\.tsv:1: a translation needs columns of two languages"),
         ("eng_Latn\tfra_Latn\na\tb\na\tc\n", "fewer than three rows that share no sentence"),
         (HEADER.encode() + b"train\tcaf\xe9\tcaf\n", r"mine\.tsv:2: not UTF-8 \(byte 0xE9\)"),
@@ -142,13 +143,13 @@ def test_a_file_that_is_too_large(tmp_path, monkeypatch):
         read_tsv(write(tmp_path, HEADER + ROWS * 50_000))
 
 
-def test_the_shipped_corpus_is_itself_such_a_table(tmp_path):
+def test_the_shipped_corpus_is_such_a_table(tmp_path):
     data = decompress(files("moe_edu.data").joinpath("files/corpus.tsv.xz").read_bytes())
     ours, shipped = read_tsv(write(tmp_path, data)), load_corpus()
     assert all(ours.split(name) == shipped.split(name) for name in SPLITS)
 
 
-# One folder serves all examples: each overwrites the files that it reads.
+# All examples share one folder: each overwrites the files that it reads.
 fuzz = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 cell = st.text(max_size=8) | st.sampled_from(
     ["eng_Latn", "fra_Latn", "split", "kind", "train", "valid", "test", ""]
@@ -177,7 +178,7 @@ def test_any_folder_is_a_corpus_or_a_corpus_error(flores, contents):
 
 
 def outcome(read, path):
-    """The corpus, or the message of the error. Any other error is the test's failure."""
+    """The corpus, or the message of the error. Any other error fails the test."""
     try:
         return read(path)
     except CorpusError as error:
@@ -203,7 +204,7 @@ sentences = st.text(st.characters(codec="utf-8", exclude_characters="\0\t\n"), m
 @given(
     st.lists(st.tuples(sentences, sentences).filter(lambda row: all(map(normalize_text, row))), min_size=1)
 )
-def test_what_is_written_is_read(tmp_path, rows):
+def test_a_written_table_is_read_back(tmp_path, rows):
     lines = [f"{split}\t{eng}\t{fra}\n" for split in SPLITS for eng, fra in rows]
     corpus = read_tsv(write(tmp_path, HEADER + "".join(lines)))
     expected = tuple((normalize_text(eng), normalize_text(fra)) for eng, fra in rows)

@@ -108,7 +108,7 @@ def test_10_4_sampled_second(monkeypatch):
 
 
 def test_10_5_gates():
-    """Its capacity decides what the published router keeps, so only its normalisation is called, with the drawn choices."""
+    """The published router would drop by capacity, so only its normalisation is called, on the drawn choices."""
     published = router(4)
     for starter, solution, (logits, chosen, kept) in cases("10.5"):
         E = logits.shape[1]
