@@ -5,17 +5,18 @@ The strictest mode is training: capacity drops choices there. Both models draw t
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_edu.exercises.capstone import rebuild
 from moe_edu.model.translator import MoETranslator
-from moe_edu.moe.layer import SparseMLP
+from moe_edu.moe.experts import Experts
+from moe_edu.moe.layer import Mask, with_parts
 from moe_edu.moe.loops import loop_gating, loop_sparse_mlp
-from moe_edu.moe.routing import RouterOutput, Top2Router, expert_capacity
+from moe_edu.moe.routing import RouterOutput
 
 OUTPUT_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
@@ -60,55 +61,35 @@ def compare_models(
     # Some gradients, as that of a key's bias, are zero but for rounding: measured against the largest of all.
     floor = 1e-3 * max(float(grad.abs().max()) for grad in grads.values())
     return Parity(
-        _relative(other_logits, logits),
-        max(_relative(other_grads[name], grad, floor) for name, grad in grads.items()),
+        relative_difference(other_logits, logits),
+        max(relative_difference(other_grads[name], grad, floor) for name, grad in grads.items()),
         torch.equal(ids, other_ids),
     )
 
 
 def slow_reference(model: MoETranslator) -> MoETranslator:
     """A copy of `model` whose sparse layers are the loops of `moe_edu.moe.loops`."""
-    return rebuild(model, _ReferenceMLP)
+    return with_parts(model, loop_gating, _mix_by_loops)
 
 
-class _ReferenceRouter(Top2Router):
-    def __init__(self, router: Top2Router) -> None:
-        nn.Module.__init__(self)
-        self.config, self.dtype, self.classifier = router.config, router.dtype, router.classifier
-
-    def forward(
-        self, hidden: Tensor, padding_mask: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> RouterOutput:
-        config = self.config
-        if config.router_ignore_padding_tokens:
-            padding_mask = None
-        return loop_gating(
-            self._logits(hidden.flatten(0, 1)),
-            capacity=expert_capacity(hidden.shape[0] * hidden.shape[1], config, self.training),
-            second_expert_policy=config.second_expert_policy
-            if self.training or config.sample_in_eval
-            else "all",
-            normalize_before_dropping=config.normalize_router_prob_before_dropping,
-            batch_prioritized=config.batch_prioritized_routing,
-            padding=None if padding_mask is None else padding_mask.flatten(),
-            generator=generator,
-        )
+def _mix_by_loops(hidden: Tensor, routing: RouterOutput, experts: Experts, mask: Mask) -> Tensor:
+    # The masking of expert outputs is drawn as in the fast path, on the gates.
+    _, gates = mask(hidden, routing.combine_weights)
+    return loop_sparse_mlp(hidden, replace(routing, combine_weights=gates), experts)
 
 
-class _ReferenceMLP(SparseMLP):
-    def __init__(self, layer: SparseMLP) -> None:
-        nn.Module.__init__(self)
-        self.config, self.experts = layer.config, layer.experts
-        self.router = _ReferenceRouter(layer.router)
+def relative_difference(
+    actual: Tensor, expected: Tensor, floor: float = torch.finfo(torch.float32).tiny, order: float = math.inf
+) -> float:
+    """Norm of `actual - expected` over the norm of `expected`, which counts as `floor` where it is smaller.
 
-    def forward(
-        self, hidden: Tensor, padding_mask: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, RouterOutput]:
-        routing = self.router(hidden, padding_mask, generator)
-        # The masking of expert outputs is drawn as in the fast path, on the gates.
-        _, gates = self._mask_outputs(hidden, routing.combine_weights, generator)
-        mixed = loop_sparse_mlp(hidden.flatten(0, 1), replace(routing, combine_weights=gates), self.experts)
-        return mixed.view(hidden.shape), routing
+    Args:
+        order: of the vector norm; infinity compares the largest numbers, 2 the lengths.
+    """
+    if not expected.numel():
+        return 0.0
+    difference = torch.linalg.vector_norm(actual.to(expected.dtype) - expected, order)
+    return difference.item() / max(torch.linalg.vector_norm(expected, order).item(), floor)
 
 
 def _run(
@@ -133,8 +114,3 @@ def _run(
         },
         ids,
     )
-
-
-def _relative(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    difference = float((actual - expected).abs().max())
-    return 0.0 if difference == 0 else difference / max(float(expected.abs().max()), floor)

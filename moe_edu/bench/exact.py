@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from moe_edu.analysis.parity import relative_difference
 from moe_edu.bench.contenders import Contender
 from moe_edu.moe.layer import SparseMLP
 from moe_edu.moe.routing import RouterOutput
@@ -68,5 +69,4 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     Not the largest deviation: a pre-activation within rounding of zero may fall on either side of ReLU's kink, which
     moves one token's part of a few gradients, and is no fault of the contender.
     """
-    scale = exact.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    return ((actual.double() - exact).norm() / scale).item()
+    return relative_difference(actual.double(), exact, order=2)

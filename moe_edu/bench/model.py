@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_edu.analysis.parity import relative_difference
 from moe_edu.bench.report import Machine, write_json
 from moe_edu.bench.timing import Timing, time_in_turn
 from moe_edu.data import Batch, PairBatches, Tokenizer, eval_batches, load_corpus
@@ -155,7 +156,7 @@ def _check_agreement(
             decoder_attention_mask=inputs[3],
         ).logits
     real = source.decoder_mask.bool()
-    error = ((logits - expected)[real].abs().max() / expected[real].abs().max()).item()
+    error = relative_difference(logits[real], expected[real])
     if not error <= LOGITS_TOLERANCE:
         raise ArithmeticError(f"the logits of moe_edu and transformers differ by {error:.1e}")
     if not torch.equal(ours, theirs):

@@ -13,29 +13,21 @@ Padding is no piece's business: pads choose nobody and take no slot, so pieces t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_edu.config import MoEConfig
-from moe_edu.moe.layer import SparseMLP
+from moe_edu.moe.experts import Experts
+from moe_edu.moe.layer import Mask, Model, SparseMLP, with_parts
 from moe_edu.moe.metrics import ExpertMetrics
 from moe_edu.moe.router_losses import load_balancing_loss, router_z_loss
-from moe_edu.moe.routing import (
-    RouterOutput,
-    Top2Router,
-    check_padding_mask,
-    count_per_expert,
-    expert_capacity,
-    queue_positions,
-    top2_gating,
-)
+from moe_edu.moe.routing import RouterOutput, count_per_expert, queue_positions, top2_gating
 
-Model = TypeVar("Model", bound=nn.Module)
 Piece = Callable[..., Any]
 
 TRIALS = 20
@@ -115,84 +107,43 @@ def assemble(model: Model, pieces: Pieces) -> Model:
         ValueError: the model's configuration asks for what the pieces do not cover.
     """
     check_pieces(pieces)
-    return rebuild(model, lambda layer: AssembledMLP(layer, pieces))
+    for module in model.modules():
+        if isinstance(module, SparseMLP):
+            check_covered(module.config)
+    return with_parts(model, partial(gate, pieces), partial(mix, pieces))
 
 
-def rebuild(model: Model, make: Callable[[SparseMLP], SparseMLP]) -> Model:
-    """A copy of `model` with `make(layer)` in the place of each of its sparse layers."""
-    copied = copy.deepcopy(model)
-    places = [
-        (parent, name)
-        for parent in copied.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, SparseMLP)
-    ]
-    for parent, name in places:
-        setattr(parent, name, make(getattr(parent, name)))
-    return copied
+def gate(
+    pieces: Pieces, logits: Tensor, *, capacity: int, padding: Tensor | None, **covered: Any
+) -> RouterOutput:
+    """`top2_gating` with `pieces`; `covered` holds the options whose values `check_covered` has seen."""
+    T, E = logits.shape
+    probs, expert_index = pieces.get("top2_choices")(logits)
+    real = real_tokens(T, padding, logits.device)
+    chosen = expert_index[real]
+    position = pieces.get("queue_positions")(chosen, E)
+    kept, gates = pieces.get("keep_and_weigh")(probs[real], chosen, position, capacity)
+    return RouterOutput(
+        logits=logits,
+        probs=probs,
+        expert_index=spread(chosen, real, T, -1),
+        combine_weights=spread(gates, real, T, 0.0),
+        position=spread(position, real, T, -1),
+        kept=spread(kept, real, T, False),
+        capacity=capacity,
+        padding=padding,
+    )
 
 
-class AssembledRouter(Top2Router):
-    """A router of given weights that chooses, queues and weighs with `pieces`."""
-
-    def __init__(self, router: Top2Router, pieces: Pieces) -> None:
-        nn.Module.__init__(self)
-        self.config, self.dtype, self.classifier = router.config, router.dtype, router.classifier
-        self.pieces = pieces
-
-    def forward(
-        self, hidden: Tensor, padding_mask: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> RouterOutput:
-        """As `Top2Router.forward`; no policy that is covered here draws from `generator`."""
-        check_padding_mask(padding_mask, hidden.shape[:2])
-        padding = None
-        if padding_mask is not None and not self.config.router_ignore_padding_tokens:
-            padding = padding_mask.flatten()
-        logits = self._logits(hidden.flatten(0, 1))
-        T, E = logits.shape
-        capacity = expert_capacity(T, self.config, self.training)
-        probs, expert_index = self.pieces.get("top2_choices")(logits)
-
-        real = real_tokens(T, padding, logits.device)
-        chosen = expert_index[real]
-        position = self.pieces.get("queue_positions")(chosen, E)
-        kept, gates = self.pieces.get("keep_and_weigh")(probs[real], chosen, position, capacity)
-        return RouterOutput(
-            logits=logits,
-            probs=probs,
-            expert_index=spread(chosen, real, T, -1),
-            combine_weights=spread(gates, real, T, 0.0),
-            position=spread(position, real, T, -1),
-            kept=spread(kept, real, T, False),
-            capacity=capacity,
-            padding=padding,
-        )
-
-
-class AssembledMLP(SparseMLP):
-    """A sparse layer of given weights that runs `pieces`."""
-
-    def __init__(self, layer: SparseMLP, pieces: Pieces) -> None:
-        nn.Module.__init__(self)
-        check_covered(layer.config)
-        self.config, self.experts = layer.config, layer.experts
-        self.router = AssembledRouter(layer.router, pieces)
-        self.pieces = pieces
-
-    def forward(
-        self, hidden: Tensor, padding_mask: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, RouterOutput]:
-        """As `SparseMLP.forward`."""
-        routing = self.router(hidden, padding_mask, generator)
-        tokens = hidden.flatten(0, 1)
-        real = real_tokens(len(tokens), routing.padding, hidden.device)
-        rows, order, counts = self.pieces.get("dispatch")(
-            tokens[real], routing.expert_index[real], routing.kept[real], routing.num_experts
-        )
-        outputs = self.experts(rows, counts, routing.capacity)
-        outputs, gates = self._mask_outputs(outputs, routing.combine_weights, generator)
-        mixed = self.pieces.get("combine")(outputs, order, gates[real].to(outputs.dtype))
-        return spread(mixed, real, len(tokens), 0.0).view(hidden.shape).to(hidden.dtype), routing
+def mix(pieces: Pieces, hidden: Tensor, routing: RouterOutput, experts: Experts, mask: Mask) -> Tensor:
+    """`dispatch_and_combine` with `pieces`."""
+    real = real_tokens(len(hidden), routing.padding, hidden.device)
+    rows, order, counts = pieces.get("dispatch")(
+        hidden[real], routing.expert_index[real], routing.kept[real], routing.num_experts
+    )
+    outputs, gates = mask(experts(rows, counts, routing.capacity), routing.combine_weights)
+    mixed = pieces.get("combine")(outputs, order, gates[real].to(outputs.dtype))
+    return spread(mixed, real, len(hidden), 0.0)
 
 
 def check_covered(config: MoEConfig) -> None:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_edu.config import MoEConfig
 from moe_edu.kernels.attention import scaled_dot_product_attention
 from moe_edu.moe.layer import apply_feed_forward, make_feed_forward
-from moe_edu.moe.routing import RouterOutput
+from moe_edu.moe.routing import RouterOutput, check_padding_mask
 
 T = TypeVar("T")
 
@@ -210,11 +210,9 @@ def padding_from_attention_mask(attention_mask: Tensor | None, shape: torch.Size
     """The ecosystem's mask (1 for words) as the router's (True where padded)."""
     if attention_mask is None:
         return None
-    if attention_mask.shape != shape:
-        raise ValueError(
-            f"attention_mask must be {list(shape)}, 1 for words; got {list(attention_mask.shape)}"
-        )
-    return attention_mask == 0
+    padding_mask = attention_mask == 0
+    check_padding_mask(padding_mask, shape, "attention_mask")
+    return padding_mask
 
 
 def attention_bias(padding_mask: Tensor | None, hidden: Tensor) -> Tensor | None:

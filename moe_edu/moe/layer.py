@@ -6,6 +6,11 @@ Module names are those of `transformers` 4.x (`models/nllb_moe/modeling_nllb_moe
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +18,12 @@ from torch.nn import functional as F
 from moe_edu.config import MoEConfig
 from moe_edu.moe.dispatch import permute, plan_dispatch, unpermute
 from moe_edu.moe.experts import ACTIVATIONS, Backend, Experts
-from moe_edu.moe.routing import RouterOutput, Top2Router
+from moe_edu.moe.routing import Gating, RouterOutput, Top2Router
+
+Model = TypeVar("Model", bound=nn.Module)
+# Expert output masking, of rows `[N, D]` and gates `[T, K]`.
+Mask = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Mixing = Callable[[Tensor, RouterOutput, Experts, Mask], Tensor]
 
 
 class FeedForward(nn.Module):
@@ -37,6 +47,9 @@ class SparseMLP(nn.Module):
         config: sizes and router settings.
         ffn_dim: width F of each expert; None for `config.encoder_ffn_dim`.
         backend: how the experts' products are computed, see `Experts`.
+
+    Attributes:
+        mixing: `dispatch_and_combine`, or a function that takes what it takes; see `with_parts`.
     """
 
     def __init__(self, config: MoEConfig, ffn_dim: int | None = None, backend: Backend = "auto") -> None:
@@ -44,6 +57,7 @@ class SparseMLP(nn.Module):
         self.config = config
         self.router = Top2Router(config)
         self.experts = Experts(config, ffn_dim, backend)
+        self.mixing: Mixing = dispatch_and_combine
 
     def forward(
         self, hidden: Tensor, padding_mask: Tensor | None = None, generator: torch.Generator | None = None
@@ -57,13 +71,12 @@ class SparseMLP(nn.Module):
             ValueError: a mask of another shape or dtype.
         """
         routing = self.router(hidden, padding_mask, generator)
-        plan = plan_dispatch(routing)
-        rows = self.experts(permute(hidden.flatten(0, 1), plan), plan.counts, routing.capacity)
-        rows, weights = self._mask_outputs(rows, routing.combine_weights, generator)
-        return unpermute(rows, weights, plan).view(hidden.shape).to(hidden.dtype), routing
+        mask = partial(self._mask_outputs, generator)
+        mixed = self.mixing(hidden.flatten(0, 1), routing, self.experts, mask)
+        return mixed.view(hidden.shape).to(hidden.dtype), routing
 
     def _mask_outputs(
-        self, rows: Tensor, weights: Tensor, generator: torch.Generator | None
+        self, generator: torch.Generator | None, rows: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Expert output masking (NLLB Team 2022, section 6.2.2), as a mask on the gates `[T, K]`."""
         p = self.config.moe_token_dropout
@@ -76,6 +89,28 @@ class SparseMLP(nn.Module):
         # Not `torch.rand`, which torch.compile cannot trace with a generator argument where T is not fixed.
         uniform = torch.empty_like(weights, dtype=torch.float32).uniform_(generator=generator)
         return rows, weights * (uniform >= p)
+
+
+def dispatch_and_combine(hidden: Tensor, routing: RouterOutput, experts: Experts, mask: Mask) -> Tensor:
+    """What the experts make of `hidden [T, D]`, weighted by their masked gates: `[T, D]`."""
+    plan = plan_dispatch(routing)
+    rows = experts(permute(hidden, plan), plan.counts, routing.capacity)
+    rows, gates = mask(rows, routing.combine_weights)
+    return unpermute(rows, gates, plan)
+
+
+def with_parts(model: Model, gating: Gating, mixing: Mixing) -> Model:
+    """A copy of `model`, with weights of its own of the same values, whose sparse layers run these two functions.
+
+    Args:
+        gating: in the place of `top2_gating`.
+        mixing: in the place of `dispatch_and_combine`.
+    """
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, SparseMLP):
+            module.router.gating, module.mixing = gating, mixing
+    return copied
 
 
 def make_feed_forward(config: MoEConfig, ffn_dim: int, sparse: bool) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_edu.moe.routing import count_per_expert
+from moe_edu.moe.routing import check_padding_mask, count_per_expert
 
 Choices = Literal["first", "all"]
 
@@ -103,8 +103,4 @@ def _check_router_tensor(name: str, tensor: Tensor, padding: Tensor | None) -> N
         raise ValueError(
             f"{name} must have the shape [T, E], not {list(tensor.shape)}: flatten [B, S, E] first"
         )
-    if padding is not None and (padding.dtype != torch.bool or padding.shape != tensor.shape[:1]):
-        raise ValueError(
-            f"padding must be bool of shape [{tensor.shape[0]}], True where padded, "
-            f"not {padding.dtype} of shape {list(padding.shape)}"
-        )
+    check_padding_mask(padding, tensor.shape[:1], "padding")

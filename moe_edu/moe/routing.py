@@ -7,6 +7,7 @@ Source: GShard (Lepikhin et al. 2020, algorithm 1) as NLLB-MoE runs it (NLLB Tea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -187,16 +188,23 @@ def count_per_expert(expert_index: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, flat.where(flat >= 0, num_experts), torch.ones_like(flat))[:num_experts]
 
 
+Gating = Callable[..., RouterOutput]
+
+
 class Top2Router(nn.Module):
-    """The router of one sparse layer: a linear map from hidden states to expert logits, then `top2_gating`.
+    """The router of one sparse layer: a linear map from hidden states to expert logits, then `gating`.
 
     The state dict holds `classifier.weight [E, D]` (and `classifier.bias [E]` if `config.router_bias`), as in
     `transformers`' `NllbMoeTop2Router`.
+
+    Attributes:
+        gating: `top2_gating`, or a function that takes what it takes; see `moe_edu.moe.layer.with_parts`.
     """
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
+        self.gating: Gating = top2_gating
         self.dtype: torch.dtype = getattr(torch, config.router_dtype)
         self.classifier = nn.Linear(config.d_model, config.num_experts, bias=config.router_bias)
 
@@ -218,7 +226,7 @@ class Top2Router(nn.Module):
             policy = "all"
         if config.router_ignore_padding_tokens:
             padding_mask = None
-        return top2_gating(
+        return self.gating(
             self._logits(hidden.flatten(0, 1)),
             capacity=expert_capacity(T, config, self.training),
             second_expert_policy=policy,
@@ -239,8 +247,10 @@ class Top2Router(nn.Module):
             )
 
 
-def check_padding_mask(padding_mask: Tensor | None, shape: tuple[int, ...] | torch.Size) -> None:
-    """Refuse a mask that would be read the wrong way round.
+def check_padding_mask(
+    padding_mask: Tensor | None, shape: tuple[int, ...] | torch.Size, name: str = "padding_mask"
+) -> None:
+    """Refuse a mask that would be read the wrong way round; `name` is the caller's word for it.
 
     Raises:
         ValueError: `padding_mask` is neither None nor a bool tensor of `shape`.
@@ -249,11 +259,11 @@ def check_padding_mask(padding_mask: Tensor | None, shape: tuple[int, ...] | tor
         return
     if padding_mask.dtype != torch.bool:
         raise ValueError(
-            f"padding_mask must be bool, True where padded; got {padding_mask.dtype}. "
+            f"{name} must be bool, True where padded; got {padding_mask.dtype}. "
             "From an attention mask (1 for words) make it with `attention_mask == 0`."
         )
     if padding_mask.shape != torch.Size(shape):
-        raise ValueError(f"padding_mask must be {list(shape)}; got {list(padding_mask.shape)}")
+        raise ValueError(f"{name} must be {list(shape)}; got {list(padding_mask.shape)}")
 
 
 def _check_gating_arguments(logits: Tensor, capacity: int, policy: str, padding: Tensor | None) -> None:
@@ -263,7 +273,7 @@ def _check_gating_arguments(logits: Tensor, capacity: int, policy: str, padding:
         raise ValueError(f"capacity must be at least 0; got {capacity}")
     if policy not in ("all", "sampling", "random"):
         raise ValueError(f"second_expert_policy must be all, sampling or random; got {policy!r}")
-    check_padding_mask(padding, logits.shape[:1])
+    check_padding_mask(padding, logits.shape[:1], "padding")
 
 
 def _choose(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeEncoder, NllbMoeSparseMLP
 
+from moe_edu.analysis.parity import relative_difference
 from moe_edu.config import MoEConfig
 from moe_edu.model.encoder import MoEEncoder
 from moe_edu.model.translator import MoETranslator
@@ -112,14 +113,6 @@ def prepare(reference: nn.Module, values: dict, training: bool) -> None:
             module.moe_token_dropout = values["moe_token_dropout"]
             module.router.expert_capacity = values["expert_capacity"]
             module.router.moe_eval_capacity_token_fraction = values["moe_eval_capacity_token_fraction"]
-
-
-def relative_difference(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """Largest absolute difference over the largest absolute reference value (at least `floor`)."""
-    if not expected.numel():
-        return 0.0
-    difference = (actual - expected).abs().max().item()
-    return 0.0 if difference == 0 else difference / max(expected.abs().max().item(), floor)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

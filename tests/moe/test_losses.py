@@ -384,7 +384,7 @@ class TestRouterLosses:
             (lambda p, i: load_balancing_loss(p, i.float()), "integers"),
             (lambda p, i: load_balancing_loss(p, i > 0), "integers"),
             (lambda p, i: load_balancing_loss(p, i, torch.zeros(4)), "padding must be bool"),
-            (lambda p, i: load_balancing_loss(p, i, torch.zeros(2, 2, dtype=torch.bool)), r"shape \[4\]"),
+            (lambda p, i: load_balancing_loss(p, i, torch.zeros(2, 2, dtype=torch.bool)), r"must be \[4\]"),
             (lambda p, i: router_z_loss(p[0]), r"logits.*\[T, E\]"),
             (lambda p, i: router_z_loss(p, torch.ones(4, dtype=torch.long)), "padding must be bool"),
         ],
