@@ -205,8 +205,8 @@ class Top2Router(nn.Module):
         super().__init__()
         self.config = config
         self.gating: Gating = top2_gating
-        self.dtype: torch.dtype = getattr(torch, config.router_dtype)
-        self.classifier = nn.Linear(config.d_model, config.num_experts, bias=config.router_bias)
+        dtype = getattr(torch, config.router_dtype)
+        self.classifier = RouterLinear(config.d_model, config.num_experts, config.router_bias, dtype)
 
     def forward(
         self, hidden: Tensor, padding_mask: Tensor | None = None, generator: torch.Generator | None = None
@@ -227,7 +227,7 @@ class Top2Router(nn.Module):
         if config.router_ignore_padding_tokens:
             padding_mask = None
         return self.gating(
-            self._logits(hidden.flatten(0, 1)),
+            self.classifier(hidden.flatten(0, 1)),
             capacity=expert_capacity(T, config, self.training),
             second_expert_policy=policy,
             normalize_before_dropping=config.normalize_router_prob_before_dropping,
@@ -236,15 +236,23 @@ class Top2Router(nn.Module):
             generator=generator,
         )
 
-    def _logits(self, hidden_TD: Tensor) -> Tensor:
-        # Autocast would run the product in half precision, whatever the dtypes of its inputs.
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            bias = self.classifier.bias
-            return F.linear(
-                hidden_TD.to(self.dtype),
-                self.classifier.weight.to(self.dtype),
-                None if bias is None else bias.to(self.dtype),
-            )
+
+class RouterLinear(nn.Linear):
+    """`nn.Linear` whose product and result are in `compute_dtype`, whatever the dtypes of its weights and of its input.
+
+    The weights keep the model's dtype. Forward hooks and pruning find it as they find any linear map; dynamic
+    quantisation, which goes by the exact class, leaves it in its precision, as routers need it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, compute_dtype: torch.dtype) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.compute_dtype = compute_dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Autocast would run the product in half precision, whatever the dtypes of its operands.
+        with torch.autocast(input.device.type, enabled=False):
+            operands = (input, self.weight, self.bias)
+            return F.linear(*(None if t is None else t.to(self.compute_dtype) for t in operands))
 
 
 def check_padding_mask(
@@ -279,7 +287,13 @@ def _check_gating_arguments(logits: Tensor, capacity: int, policy: str, padding:
 def _choose(
     logits: Tensor, probs: Tensor, policy: SecondExpertPolicy, generator: torch.Generator | None
 ) -> Tensor:
-    """`[T, 2]` int64: the first choice, and the best other expert (-1 where there is none)."""
+    """`[T, 2]` int64: the first choice, and the best other expert (-1 where there is none).
+
+    The first choice is taken from the probabilities and the second from the logits, as in the code that trained the
+    published model. The two differ: the softmax rounds, so that different logits may have the same probability, of
+    which the lower index is taken, and where the first choice is almost certain all others underflow to 0 and would
+    look alike. Noise is added to logits, too.
+    """
     first = probs.argmax(dim=1, keepdim=True)
     if logits.shape[1] == 1:
         return torch.cat([first, torch.full_like(first, -1)], dim=1)

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
+from moe_edu.model.encoder import MoEEncoder
 from moe_edu.moe.loops import loop_gating
 from moe_edu.moe.routing import Top2Router, count_per_expert, expert_capacity, queue_positions, top2_gating
 
@@ -452,6 +454,46 @@ class TestRouterPrecision:
     def test_router_dtype_is_that_of_the_results(self, tiny_config, name):
         routing = Top2Router(tiny_config(router_dtype=name))(torch.zeros(1, 3, 8))
         assert routing.probs.dtype == routing.combine_weights.dtype == getattr(torch, name)
+
+
+class TestToolsSeeTheLinearMap:
+    """As they see any `nn.Linear`: it is called as a module."""
+
+    def test_a_forward_hook_fires(self, tiny_config):
+        router, seen = Top2Router(tiny_config()), []
+        router.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        routing = router(torch.randn(2, 5, 8))
+        assert seen[0] is routing.logits
+
+    def test_a_hook_may_change_the_logits(self, tiny_config):
+        router = Top2Router(tiny_config())
+        router.classifier.register_forward_hook(
+            lambda module, inputs, output: output.index_fill(1, torch.tensor(2), 9)
+        )
+        assert (router(torch.randn(2, 5, 8)).expert_index[:, 0] == 2).all()
+
+    def test_pruned_weights_are_those_that_route(self, tiny_config):
+        router, hidden = Top2Router(tiny_config()), torch.randn(2, 5, 8)
+        prune.l1_unstructured(router.classifier, "weight", amount=0.5)
+        pruned = router(hidden).logits
+        assert (router.classifier.weight == 0).sum() == router.classifier.weight.numel() // 2
+        assert torch.equal(pruned, F.linear(hidden.flatten(0, 1), router.classifier.weight))
+        with torch.no_grad():
+            router.classifier.weight_orig.mul_(2)
+        assert torch.equal(router(hidden).logits, 2 * pruned)
+
+    @pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore:.*quantized tensor creation:UserWarning"
+    )
+    def test_a_quantised_model_routes_in_full_precision(self, tiny_config):
+        encoder = MoEEncoder(tiny_config()).eval()
+        quantised = torch.ao.quantization.quantize_dynamic(encoder, {torch.nn.Linear}, dtype=torch.qint8)
+        ids = torch.randint(3, 29, (2, 6))
+        (routing,) = (layer for layer in quantised(ids).routing if layer is not None)
+        assert routing.logits.dtype == torch.float32
+        assert type(quantised.layers[1].self_attn.q_proj) is not torch.nn.Linear
+        router = quantised.layers[1].ffn.router.classifier
+        assert torch.equal(router.weight, encoder.layers[1].ffn.router.classifier.weight)
 
 
 @given(st.lists(st.integers(-1, 5), max_size=20))
