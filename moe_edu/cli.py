@@ -248,7 +248,7 @@ def translate(
         # On Windows piped text would be read in an older code page.
         sys.stdin.reconfigure(encoding="utf-8-sig")
     for line in text or (line.rstrip("\n") for line in sys.stdin):
-        click.echo(translator.translate(line, to=to, source=source, num_beams=beams))
+        click.echo(translator.translate(line, target=to, source=source, num_beams=beams))
 
 
 main.add_command(bench)

@@ -23,7 +23,7 @@ def choose_phrases(
     kinds: Sequence[str],
     *,
     split: str = "valid",
-    to: str = "eng_Latn",
+    target: str = "eng_Latn",
     seed: int = 0,
 ) -> list[SentencePair]:
     """One sentence of each of `kinds` out of a split, drawn at random, from the languages in turn.
@@ -34,7 +34,7 @@ def choose_phrases(
     rng = random.Random(seed)
     chosen = []
     for kind, language in zip(kinds, cycle(languages), strict=False):
-        pairs = [pair for pair in corpus.sentence_pairs(split, [language], [to]) if pair.kind == kind]
+        pairs = [pair for pair in corpus.sentence_pairs(split, [language], [target]) if pair.kind == kind]
         if not pairs:
             raise ValueError(
                 f"the {split} split has no {kind!r} in {language}; its kinds are {set(corpus.split(split).kinds)}"
@@ -93,7 +93,7 @@ class LiveTraining:
 def translate_all(translator: TextTranslator, phrases: Sequence[SentencePair]) -> tuple[str, ...]:
     """Each phrase in its target language, told its source language."""
     return tuple(
-        translator.translate(phrase.source, to=phrase.target_language, source=phrase.source_language)
+        translator.translate(phrase.source, target=phrase.target_language, source=phrase.source_language)
         for phrase in phrases
     )
 

@@ -54,7 +54,11 @@ def translate_box(
 
     def refresh(_change: object = None) -> None:
         answer.value = answer_html(
-            translator, phrase.value, source=source.value, to=target.value, capacity_factor=capacity.value
+            translator,
+            phrase.value,
+            source=source.value,
+            target=target.value,
+            capacity_factor=capacity.value,
         )
 
     for control in (phrase, source, target, capacity):
@@ -64,7 +68,7 @@ def translate_box(
 
 
 def answer_html(
-    translator: TextTranslator, text: str, *, source: str, to: str, capacity_factor: float = NO_LIMIT
+    translator: TextTranslator, text: str, *, source: str, target: str, capacity_factor: float = NO_LIMIT
 ) -> str:
     """The translation of `text` and the routing of its tokens, as HTML; a mistake is answered with its message.
 
@@ -72,14 +76,14 @@ def answer_html(
         translator: what translates.
         text: as the reader typed it.
         source: FLORES-200 code, or "und".
-        to: FLORES-200 code of the target language.
+        target: FLORES-200 code of the target language.
         capacity_factor: seats the tokens again as if this phrase alone were a training batch; the translation is
             always made without a limit.
     """
     if not text.strip():
         return _framed('<p class="moe-note">Type a phrase above.</p>')
     try:
-        translation = translator.translate(text, to=to, source=source)
+        translation = translator.translate(text, target=target, source=source)
         phrase = translator.route(text, source=source)
     except ValueError as error:
         return _framed(f'<p class="moe-note moe-error">{escape(str(error))}</p>')

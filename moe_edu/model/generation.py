@@ -42,7 +42,7 @@ def generate(
     Args:
         encoder: in eval mode.
         decoder: in eval mode, and of the same configuration.
-        input_ids: `[B, S]` source ids.
+        input_ids: `[B, S]` source ids; B may be 0.
         attention_mask: `[B, S]`, 1 for words.
         forced_bos_token_id: first generated token, in NLLB the tag of the target language.
         num_beams: 1 is greedy search.
@@ -68,7 +68,7 @@ def generate(
     if forced_bos_token_id is not None:
         given.append(forced_bos_token_id)
     prompt = torch.tensor(given, device=input_ids.device).repeat(len(input_ids), 1)
-    if len(given) > max_new_tokens or forced_bos_token_id == config.eos_token_id:
+    if len(prompt) == 0 or len(given) > max_new_tokens or forced_bos_token_id == config.eos_token_id:
         return prompt  # nothing is left to choose
     sources = _Sources(encoder(input_ids, attention_mask).last_hidden_state, attention_mask)
     if num_beams == 1:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from moe_edu.config import MoEConfig
-from moe_edu.data import UNDETERMINED, Tokenizer, require_languages
+from moe_edu.data import UNDETERMINED, Tokenizer, UnknownLanguageError, get_language, require_languages
 from moe_edu.data.text import normalize_text
 from moe_edu.model.budget import stored_parameters
 from moe_edu.model.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
@@ -20,6 +22,8 @@ from moe_edu.system.machine import resolve_device
 
 SHIPPED = Path(__file__).parent / "weights"
 TOKENIZER_FILE = "tokenizer.json"
+# Hugging Face's name: without this file, or without its ids, `generate` of transformers stops after 20 tokens.
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,62 @@ class PhraseRouting:
 
 @dataclass(frozen=True)
 class TextTranslator:
-    """A `MoETranslator` in eval mode and the tokenizer it was trained with."""
+    """A `MoETranslator` in eval mode and the tokenizer it was trained with.
+
+    Attributes:
+        model: ids in, ids out.
+        tokenizer: text to ids and back.
+        targets: the languages that the model was trained to write; None where that is not known, and then it is asked
+            for any language that it has a tag for.
+    """
 
     model: MoETranslator
     tokenizer: Tokenizer
+    targets: tuple[str, ...] | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path | None = None, device: str | torch.device = "auto"
+    ) -> Self:
+        """The model that ships with the package, or one that `save_pretrained` or `moe-edu train` wrote.
+
+        Args:
+            directory: the folder; None for the model that ships.
+            device: "auto" takes an NVIDIA GPU where there is one.
+
+        Raises:
+            CheckpointError: nothing there, or damaged files; the message says what to run.
+            ValueError: not the name of a device, or a GPU where there is none.
+        """
+        device = resolve_device(str(device))
+        directory = SHIPPED if directory is None else Path(directory)
+        config, tensors = read_checkpoint(directory)
+        try:
+            tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the tokenizer in {directory} cannot be read: {error}") from error
+        if len(tokenizer) != config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer in {directory} has {len(tokenizer)} ids, the model {config.vocab_size}: "
+                "they are not of one training run"
+            )
+        targets = _read_targets(directory / GENERATION_FILE, tokenizer)
+        _check_size(config, tensors, directory)
+        model = MoETranslator(config)
+        model.load_hf_state_dict(tensors)
+        return cls(model.eval().to(device), tokenizer, targets=targets)
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the checkpoint, `generation_config.json` and `tokenizer.json`; `dtype` as in `save_checkpoint`."""
+        config, directory = self.model.config, Path(directory)
+        save_checkpoint(self.model, config, directory, dtype)
+        ids = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
+        values: dict[str, object] = {name: getattr(config, name) for name in ids}
+        values["max_length"] = config.max_position_embeddings
+        if self.targets is not None:
+            values["targets"] = self.targets
+        (directory / GENERATION_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save(directory / TOKENIZER_FILE)
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +106,7 @@ class TextTranslator:
         self,
         text: str,
         *,
-        to: str = "eng_Latn",
+        target: str = "eng_Latn",
         source: str = UNDETERMINED,
         num_beams: int = 1,
         max_new_tokens: int = 96,
@@ -59,40 +115,43 @@ class TextTranslator:
 
         Args:
             text: any text; one that holds nothing but spaces and invisible signs gives "".
-            to: FLORES-200 code of the target language.
-            source: that of the source language, or "und" to let the model find out.
+            target: FLORES-200 code of the language to write.
+            source: that of the language of `text`, or "und" to let the model find out.
             num_beams: 1 for greedy search.
             max_new_tokens: longest translation, in tokens.
 
         Raises:
-            UnknownLanguageError: a code that does not exist, with near matches, or that the model has no tag for. It
-                may have a tag for a target that it was never trained to write: that comes out as nonsense.
+            UnknownLanguageError: a code that does not exist, with near matches; a language that the model has no tag
+                for, or that it was never trained to write.
             ValueError: a text longer than the model's positions.
         """
         return self.translate_batch(
-            [text], to=to, sources=[source], num_beams=num_beams, max_new_tokens=max_new_tokens
+            [text], target=target, source=source, num_beams=num_beams, max_new_tokens=max_new_tokens
         )[0]
 
     def translate_batch(
         self,
         texts: Sequence[str],
         *,
-        to: str,
-        sources: Sequence[str],
+        target: str = "eng_Latn",
+        source: str | Sequence[str] = UNDETERMINED,
         num_beams: int = 1,
         max_new_tokens: int = 96,
         generate: Callable[..., Tensor] | None = None,
     ) -> list[str]:
         """Translate phrases side by side into one language; arguments and errors as `translate`.
 
+        `source` is the language of every text, or one language for each text. No texts give no translations.
         `generate` is called in the place of `self.model.generate`, as `Trainer.generate` is during a run.
         """
-        require_languages([to], self.tokenizer.languages, "this model")
-        ids, mask = self._encode(texts, sources)
+        self._check_target(target)
+        if len(texts) == 0:
+            return []
+        ids, mask = self._encode(texts, source)
         generated = (generate or self.model.generate)(
             ids,
             mask,
-            forced_bos_token_id=self.tokenizer.language_id(to),
+            forced_bos_token_id=self.tokenizer.language_id(target),
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
         )
@@ -105,28 +164,32 @@ class TextTranslator:
     @torch.no_grad()
     def route(self, text: str, *, source: str = UNDETERMINED) -> PhraseRouting:
         """Which experts each token of `text` chooses in the encoder; errors as `translate`."""
-        ids, mask = self._encode([text], [source])
+        ids, mask = self._encode([text], source)
         routing = self.model.encoder(ids, mask).routing
         return PhraseRouting(
             tuple(self.tokenizer.tokens(ids[0].tolist())),
             {i: layer for i, layer in enumerate(routing) if layer is not None},
         )
 
-    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the checkpoint and `tokenizer.json`; `dtype` as in `save_checkpoint`."""
-        save_checkpoint(self.model, self.model.config, directory, dtype)
-        self.tokenizer.save(Path(directory) / TOKENIZER_FILE)
+    def _check_target(self, target: str) -> None:
+        require_languages([target], self.tokenizer.languages, "this model")
+        if self.targets is not None and target not in self.targets:
+            raise UnknownLanguageError(
+                f"this model was never trained to write {_named(target)}; "
+                f"it writes {', '.join(map(_named, self.targets))}"
+            )
 
-    def _check_language(self, code: str) -> None:
-        if code != UNDETERMINED:
-            require_languages([code], self.tokenizer.languages, "this model")
-
-    def _encode(self, texts: Sequence[str], sources: Sequence[str]) -> tuple[Tensor, Tensor]:
-        for source in set(sources):
-            self._check_language(source)
-        encoded = [
-            self.tokenizer.encode_source(text, source) for text, source in zip(texts, sources, strict=True)
-        ]
+    def _encode(self, texts: Sequence[str], source: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        if isinstance(texts, str):
+            raise ValueError("texts is a single string: give a list of strings, or use translate()")
+        sources = [source] * len(texts) if isinstance(source, str) else source
+        if len(sources) != len(texts):
+            raise ValueError(
+                f"{len(sources)} source languages for {len(texts)} texts: give one for all, or one for each"
+            )
+        named = [code for code in sources if code != UNDETERMINED]
+        require_languages(named, self.tokenizer.languages, "this model")
+        encoded = self.tokenizer.encode_source_batch(texts, sources)
         longest, limit = max(map(len, encoded)), self.model.config.max_position_embeddings
         if longest > limit:
             raise ValueError(
@@ -148,30 +211,37 @@ def load_pretrained(
 ) -> TextTranslator:
     """The model that ships with the package, or one that `moe-edu train` wrote.
 
-    Args:
-        directory: the folder that training wrote; None for the model that ships.
-        device: "auto" takes an NVIDIA GPU where there is one.
+    Short for `TextTranslator.from_pretrained`, which has the arguments and errors.
+    """
+    return TextTranslator.from_pretrained(directory, device)
+
+
+def _named(code: str) -> str:
+    return f"{code} ({get_language(code).name})"
+
+
+def _read_targets(path: Path, tokenizer: Tokenizer) -> tuple[str, ...] | None:
+    """The languages that a model learned to write; None where its folder does not say.
 
     Raises:
-        CheckpointError: nothing there, or damaged files; the message says what to run.
-        ValueError: not the name of a device, or a GPU where there is none.
+        CheckpointError: a damaged file, or languages that are not the tokenizer's.
     """
-    device = resolve_device(str(device))
-    directory = SHIPPED if directory is None else Path(directory)
-    config, tensors = read_checkpoint(directory)
+    if not path.is_file():
+        return None
     try:
-        tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer in {directory} cannot be read: {error}") from error
-    if len(tokenizer) != config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {directory} has {len(tokenizer)} ids, the model {config.vocab_size}: "
-            "they are not of one training run"
-        )
-    _check_size(config, tensors, directory)
-    model = MoETranslator(config)
-    model.load_hf_state_dict(tensors)
-    return TextTranslator(model.eval().to(device), tokenizer)
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    targets = values.get("targets") if isinstance(values, dict) else ()
+    if targets is None:
+        return None
+    if (
+        not isinstance(targets, list)
+        or not targets
+        or not all(code in tokenizer.languages for code in targets)
+    ):
+        raise CheckpointError(f'{path} must name "targets" that are languages of the tokenizer beside it')
+    return tuple(targets)
 
 
 def _check_size(config: MoEConfig, tensors: Mapping[str, Tensor], directory: Path) -> None:

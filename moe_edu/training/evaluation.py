@@ -88,14 +88,14 @@ def translate_examples(
     )
     start = 0
     while start < len(by_length):
-        to = examples[by_length[start]].target_language
-        batch = [i for i in by_length[start : start + batch_size] if examples[i].target_language == to]
+        target = examples[by_length[start]].target_language
+        batch = [i for i in by_length[start : start + batch_size] if examples[i].target_language == target]
         references = translator.tokenizer.encode_pieces([examples[i].target for i in batch])
         longest = max(_FEWEST_TOKENS, *(len(reference) + 2 for reference in references))
         translations = translator.translate_batch(
             [examples[i].source for i in batch],
-            to=to,
-            sources=[examples[i].source_language for i in batch],
+            target=target,
+            source=[examples[i].source_language for i in batch],
             **{"max_new_tokens": min(longest, positions), **options},
         )
         for i, translation in zip(batch, translations, strict=True):

@@ -247,13 +247,13 @@ def train(
         trainer = Trainer(
             model, settings, workers, collect_metrics if pieces is None else pieces.collect_metrics
         )
-        translator = TextTranslator(trainer.model, tokenizer)
+        translator = TextTranslator(trainer.model, tokenizer, targets=targets)
         history, progress = run_loop(
             trainer, translator, batches, valid, directory, resume, on_record, show_progress, checkpoint_every
         )
         trainer.model.eval()
         if directory is not None:
-            translator.save(directory, store_dtype)
+            translator.save_pretrained(directory, store_dtype)
         scores = evaluate(translator, test, generate=trainer.generate)
         workers_mb = 0.0 if workers is None else workers.peak_memory_mb()
     own_mb = peak_memory_mb()

@@ -343,7 +343,7 @@ class TestTraining:
 
     def test_a_run_with_pieces_leaves_a_plain_checkpoint(self, corpus, tmp_path):
         result = self.run(corpus, Pieces(router_z=router_z))
-        result.translator.save(tmp_path)
+        result.translator.save_pretrained(tmp_path)
         again = load_pretrained(tmp_path)
         assert runs_ours(again.model)
         text = "1 août 1996"

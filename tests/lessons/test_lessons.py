@@ -129,7 +129,7 @@ class TestLiveTraining:
 
     def test_first_right(self, corpus, translator, shown):
         phrase = lessons.choose_phrases(corpus, ["fra_Latn"], ["unit"])[0]
-        says = translator.translate(phrase.source, to="eng_Latn", source="fra_Latn")
+        says = translator.translate(phrase.source, target="eng_Latn", source="fra_Latn")
         live = lessons.LiveTraining([phrase._replace(target=says), phrase._replace(target="never")], 10)
         record = {"step": 5, "loss": 1.0, "seconds": 1, "tokens_per_second": 9, "expert_load": {}}
         live.on_record(record, translator)
@@ -173,16 +173,16 @@ class TestTranslateBox:
         "text", ["<b>1</b>", "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "&lt;"]
     )
     def test_typed_text_is_text(self, translator, text):
-        html = answer_html(translator, text, source="und", to="eng_Latn")
+        html = answer_html(translator, text, source="und", target="eng_Latn")
         assert not re.search(r"<(script|img|i\b|u\b)", html)
         assert "<b>1</b>" not in html
 
     @pytest.mark.parametrize("text", ["", "  "])
     def test_an_empty_box_asks_for_a_phrase(self, translator, text):
-        assert "Type a phrase" in answer_html(translator, text, source="und", to="eng_Latn")
+        assert "Type a phrase" in answer_html(translator, text, source="und", target="eng_Latn")
 
     def test_a_long_text_is_answered_with_the_reason(self, translator):
-        html = answer_html(translator, "<1> " * 100, source="und", to="eng_Latn")
+        html = answer_html(translator, "<1> " * 100, source="und", target="eng_Latn")
         assert "longer than the model&#x27;s 60 positions" in html
         assert "moe-error" in html
 

@@ -126,6 +126,14 @@ def test_a_forced_token_that_leaves_no_choice(tiny_config, num_beams):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
+def test_no_sentences_give_no_translations(tiny_config, num_beams):
+    source = torch.empty(0, 5, dtype=torch.long)
+    generated = make_model(tiny_config()).generate(source, source != PAD, num_beams=num_beams)
+    assert generated.shape[0] == 0
+    assert generated.dtype == torch.long
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
 def test_is_pure_and_repeats(tiny_config, num_beams):
     model = make_model(tiny_config())
     source = torch.randint(3, 29, (2, 5))

@@ -4,11 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from moe_edu import load_pretrained
+from moe_edu import TextTranslator, load_pretrained
 from moe_edu.data import UnknownLanguageError
 from moe_edu.model import pretrained
 from moe_edu.model.checkpoint import CheckpointError
@@ -36,7 +37,7 @@ def test_a_named_language_and_beams(translator):
 def test_a_batch_gives_what_single_phrases_give(translator):
     texts = ["1 août 1996", "vor 3 Tagen", "hace 5 años"]
     sources = ["fra_Latn", "deu_Latn", "und"]
-    together = translator.translate_batch(texts, to="eng_Latn", sources=sources)
+    together = translator.translate_batch(texts, target="eng_Latn", source=sources)
     alone = [translator.translate(text, source=code) for text, code in zip(texts, sources, strict=True)]
     assert together == alone
 
@@ -60,6 +61,25 @@ def test_translates_on_the_gpu():
     assert translator.translate("quinta-feira, 1 de agosto de 1996") == "Thursday, August 1, 1996"
 
 
+def test_one_source_language_may_stand_for_all_texts(translator):
+    texts = ["1 août 1996", "dans 3 jours"]
+    expected = translator.translate_batch(texts, source=["fra_Latn", "fra_Latn"])
+    assert translator.translate_batch(texts, source="fra_Latn") == expected
+    assert translator.translate_batch(texts) == translator.translate_batch(texts, source=["und", "und"])
+
+
+@pytest.mark.parametrize("source", ["und", []])
+def test_no_texts_give_no_translations(translator, source):
+    assert translator.translate_batch([], source=source, num_beams=4) == []
+
+
+def test_a_batch_that_is_none(translator):
+    with pytest.raises(ValueError, match="2 source languages for 1 texts: give one for all, or one for each"):
+        translator.translate_batch(["a"], source=["fra_Latn", "und"])
+    with pytest.raises(ValueError, match="texts is a single string"):
+        translator.translate_batch("1 août 1996")
+
+
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
 def test_nothing_gives_nothing(translator, text):
     assert translator.translate(text) == ""
@@ -74,12 +94,25 @@ def test_any_text_gives_a_string(translator, text):
 
 def test_unknown_language_names_near_ones(translator):
     with pytest.raises(UnknownLanguageError, match=r"did you mean.*eng_Latn"):
-        translator.translate("a", to="english")
+        translator.translate("a", target="english")
 
 
 def test_language_that_the_model_does_not_know(translator):
     with pytest.raises(UnknownLanguageError, match="not a language of this model"):
         translator.translate("a", source="lim_Latn")
+
+
+def test_a_language_that_the_model_was_never_trained_to_write(translator):
+    message = r"never trained to write fra_Latn \(French\); it writes eng_Latn \(English\)"
+    with pytest.raises(UnknownLanguageError, match=message):
+        translator.translate("in 3 days", target="fra_Latn")
+
+
+def test_where_the_targets_are_not_known_any_language_is_tried(translator, tmp_path):
+    replace(translator, targets=None).save_pretrained(tmp_path)
+    again = TextTranslator.from_pretrained(tmp_path, "cpu")
+    assert again.targets is None
+    assert again.translate("in 3 days", target="fra_Latn")
 
 
 def test_text_longer_than_the_positions(translator):
@@ -99,8 +132,9 @@ def test_routing_of_a_phrase(translator):
 
 
 def test_save_and_load_give_the_same_model(translator, tmp_path):
-    translator.save(tmp_path)
-    again = load_pretrained(tmp_path)
+    translator.save_pretrained(tmp_path)
+    again = TextTranslator.from_pretrained(tmp_path, "cpu")
+    assert again.targets == translator.targets == ("eng_Latn",)
     for name, tensor in translator.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])
 
@@ -119,6 +153,18 @@ def test_transformers_reads_the_checkpoint(translator):
         ours = translator.model(ids, mask, decoder_ids).logits
         reference = theirs(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
     assert (ours - reference).abs().max() <= 2e-5 * reference.abs().max()
+
+
+def test_transformers_generates_to_the_end_as_the_folder_says(translator):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.NllbMoeForConditionalGeneration.from_pretrained(SHIPPED, dtype=torch.float32).eval()
+    tokenizer = translator.tokenizer
+    text = "mardi 26 octobre 2021, 12:27"
+    ids = torch.tensor([tokenizer.encode_source(text, "fra_Latn")])
+    forced = {"forced_bos_token_id": tokenizer.language_id("eng_Latn")}
+    ours = translator.model.generate(ids, **forced)
+    assert ours.shape[1] > 20, "where a folder says nothing, transformers stops after 20 tokens"
+    assert theirs.generate(ids, **forced).tolist() == ours.tolist()
 
 
 class TestDamage:
@@ -156,6 +202,21 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="tokenizer"):
             load_pretrained(copy)
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "cannot be read"),
+            ("[]", "must name"),
+            ('{"targets": "eng_Latn"}', "must name"),
+            ('{"targets": []}', "must name"),
+            ('{"targets": ["lim_Latn"]}', "must name"),
+        ],
+    )
+    def test_damaged_targets(self, copy, text, message):
+        (copy / "generation_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"generation_config\.json {message}"):
+            load_pretrained(copy)
+
     def test_a_pickle_is_never_loaded(self, copy):
         torch.save({"a": torch.zeros(1)}, copy / "model.safetensors")
         with pytest.raises(CheckpointError, match="cannot be read"):
@@ -187,6 +248,12 @@ class TestCommandLine:
         done = self.moe_edu("translate", "--device", "cuda", "a")
         assert done.returncode == 1
         assert done.stderr.startswith("Error: there is no NVIDIA GPU")
+
+    def test_a_target_that_the_model_does_not_write(self):
+        done = self.moe_edu("translate", "--to", "fra_Latn", "in 3 days")
+        assert done.returncode == 1
+        assert "it writes eng_Latn (English)" in done.stderr
+        assert done.stdout == ""
 
     def test_every_model_and_training_field_is_an_option(self):
         text = self.moe_edu("train", "--help").stdout
