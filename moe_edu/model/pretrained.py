@@ -100,6 +100,7 @@ class TextTranslator:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self.model.shared.weight.device
 
     def translate(
@@ -211,7 +212,10 @@ def load_pretrained(
 ) -> TextTranslator:
     """The model that ships with the package, or one that `moe-edu train` wrote.
 
-    Short for `TextTranslator.from_pretrained`, which has the arguments and errors.
+    Short for `TextTranslator.from_pretrained`, which says more of the arguments and the errors.
+
+    Returns:
+        The model with its tokenizer, in eval mode on `device`.
     """
     return TextTranslator.from_pretrained(directory, device)
 

@@ -108,7 +108,12 @@ class Experts(nn.Module):
 
 
 class BackendChoice(NamedTuple):
-    """The back end that runs, and why."""
+    """What `explain_backend` returns.
+
+    Attributes:
+        backend: the name of the back end that runs.
+        reason: why it is this one, in words.
+    """
 
     backend: NamedBackend
     reason: str
@@ -124,6 +129,9 @@ def explain_backend(
         dtype: of the products, which under autocast is autocast's; None for that of the weights.
         rows, capacity: N rows in experts with room for `capacity` each, which decide where the products would have to
             be padded; by default about as much room as rows, as in training.
+
+    Returns:
+        The back end and the reason. Nothing is computed, and nothing in `module` changes.
 
     Raises:
         ValueError: `module` has no experts, or layers that run different back ends.

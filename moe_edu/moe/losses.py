@@ -55,7 +55,7 @@ class MoELoss(NamedTuple):
 
     `total = cross_entropy + z_loss + weighted_load_balancing_loss + weighted_router_z_loss`. The weighted
     router terms are their factor times the raw ones, `load_balancing_loss` and `router_z_loss`, which are
-    means over the sparse layers.
+    means over the sparse layers. `weight_sum` is the sum of the tokens' weights.
     """
 
     total: Tensor
@@ -143,6 +143,9 @@ def moe_loss(
         router_z_loss_factor: weight of the router z-loss.
         logits, targets, weights, label_smoothing, z_loss, loss_normalizing_factor, segment_ids: as in
             `weighted_cross_entropy`.
+
+    Returns:
+        The total to differentiate, and its parts.
 
     Raises:
         ValueError: as `weighted_cross_entropy`; a router factor below 0; a router factor above 0 although

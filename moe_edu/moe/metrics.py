@@ -56,5 +56,13 @@ class ExpertMetrics(NamedTuple):
 def collect_metrics(
     routing: Iterable[RouterOutput | None], choices: Choices = "first"
 ) -> tuple[ExpertMetrics, ...]:
-    """One `ExpertMetrics` for each sparse layer that ran; None (a dense or a dropped layer) is skipped."""
+    """The metrics of each layer of a model's `routing`, such as `EncoderOutput.routing`.
+
+    Args:
+        routing: one entry per layer, None for a dense layer or one that LayerDrop skipped.
+        choices: as in `load_balancing_loss`.
+
+    Returns:
+        One `ExpertMetrics` for each sparse layer that ran, in order.
+    """
     return tuple(ExpertMetrics.from_routing(layer, choices) for layer in routing if layer is not None)

@@ -46,10 +46,12 @@ class RouterOutput:
 
     @property
     def num_tokens(self) -> int:
+        """T, padding included."""
         return self.logits.shape[0]
 
     @property
     def num_experts(self) -> int:
+        """E, those that nobody chose included."""
         return self.logits.shape[1]
 
     def combine_matrix(self) -> Tensor:
@@ -72,6 +74,9 @@ def expert_capacity(num_tokens: int, config: MoEConfig, training: bool) -> int:
     Training: `config.expert_capacity` where set, else `2 * ceil(T / E)` times the capacity factor. Eval:
     `ceil(fraction * T)` where `config.moe_eval_capacity_token_fraction` is positive, else as in training.
     Source: fairseq, NLLB branch, `fairseq/modules/moe/top2gate.py`.
+
+    Returns:
+        C, how many choices each expert takes at most.
     """
     if not training and config.moe_eval_capacity_token_fraction > 0:
         return math.ceil(config.moe_eval_capacity_token_fraction * num_tokens)
