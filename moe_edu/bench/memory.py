@@ -10,6 +10,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from moe_edu.system.machine import status_mb
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -28,9 +30,9 @@ def peak_extra_mb(call: Callable[[], object]) -> float:
     Memory that an earlier call freed may still be resident and be used again unseen: measure in a fresh process.
     """
     _CLEAR_REFS.write_text("5")  # resets VmHWM, see proc(5)
-    before = _status_mb("VmRSS")
+    before = status_mb("VmRSS")
     result = call()  # held until the peak is read
-    extra = _status_mb("VmHWM") - before
+    extra = status_mb("VmHWM") - before
     del result
     return extra
 
@@ -50,11 +52,3 @@ def in_fresh_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *args, **kwargs).result()
-
-
-def _status_mb(field: str) -> float:
-    for line in _STATUS.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024 / 1e6
-    raise OSError(f"{_STATUS} has no {field}: memory cannot be measured on this system")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from moe_edu.data import Batch, PairBatches, Tokenizer, eval_batches, load_corpu
 from moe_edu.model.pretrained import load_pretrained
 from moe_edu.model.translator import MoETranslator
 from moe_edu.training.evaluation import sample_examples
-from moe_edu.training.loop import Trainer, start_workers
 from moe_edu.training.settings import TrainingSettings, small_config
+from moe_edu.training.trainer import Trainer, start_workers
 from moe_edu.training.workers import WorkerPool
 
 OURS, REFERENCE = "moe_edu", "transformers"
@@ -117,7 +116,7 @@ def _compare_generation(
     """Both translate the same sentences, the reference on `threads` threads."""
     reference: Any = make_reference(model).eval()
     model.eval()
-    generate = model.generate if workers is None else partial(workers.generate, model)
+    generate = model.generate if workers is None else workers.generate
 
     def ours() -> Tensor:
         return generate(source.source_ids, source.source_mask, **options)

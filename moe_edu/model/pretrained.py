@@ -48,11 +48,13 @@ class TextTranslator:
         tokenizer: text to ids and back.
         targets: the languages that the model was trained to write; None where that is not known, and then it is asked
             for any language that it has a tag for.
+        generate: called in the place of `model.generate`, where other processes help; None is the model's own.
     """
 
     model: MoETranslator
     tokenizer: Tokenizer
     targets: tuple[str, ...] | None = field(default=None, kw_only=True)
+    generate: Callable[..., Tensor] | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_pretrained(
@@ -138,18 +140,16 @@ class TextTranslator:
         source: str | Sequence[str] = UNDETERMINED,
         num_beams: int = 1,
         max_new_tokens: int = 96,
-        generate: Callable[..., Tensor] | None = None,
     ) -> list[str]:
         """Translate phrases side by side into one language; arguments and errors as `translate`.
 
         `source` is the language of every text, or one language for each text. No texts give no translations.
-        `generate` is called in the place of `self.model.generate`, as `Trainer.generate` is during a run.
         """
         self._check_target(target)
         if len(texts) == 0:
             return []
         ids, mask = self._encode(texts, source)
-        generated = (generate or self.model.generate)(
+        generated = (self.generate or self.model.generate)(
             ids,
             mask,
             forced_bos_token_id=self.tokenizer.language_id(target),

@@ -118,15 +118,26 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def status_mb(field: str) -> float:
+    """A size that Linux keeps of this process, such as VmRSS, in MB (10^6 bytes).
+
+    Raises:
+        OSError: this system does not keep it.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024 / 1e6
+    raise OSError(f"/proc/self/status has no {field}: memory cannot be measured on this system")
+
+
 def peak_memory_mb() -> float | None:
     """The largest resident memory of this process so far, in MB (10^6 bytes); None on Windows, which does not say."""
     if sys.platform == "win32":
         return None
     if sys.platform == "linux":
         # Not getrusage, whose peak a process inherits from the one that started it.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
+        return status_mb("VmHWM")
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,6 +15,7 @@ from moe_edu.model.pretrained import TextTranslator
 
 # So long may a translation be at least, however short its reference: what goes on for longer is wrong in any case.
 _FEWEST_TOKENS = 96
+_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,14 @@ def sample_examples(
 
 
 def translate_examples(
-    translator: TextTranslator, examples: Sequence[SentencePair], *, batch_size: int = 256, **options: Any
+    translator: TextTranslator,
+    examples: Sequence[SentencePair],
+    *,
+    num_beams: int = 1,
 ) -> list[str]:
     """Translate all examples, in batches of one target language and similar length.
 
-    `options` are those of `TextTranslator.translate_batch`; by default a translation may be as long as its reference.
+    A translation may be as long as its reference. `num_beams` is 1 for greedy search.
     """
     positions = translator.model.config.max_position_embeddings
     results = [""] * len(examples)
@@ -89,14 +93,15 @@ def translate_examples(
     start = 0
     while start < len(by_length):
         target = examples[by_length[start]].target_language
-        batch = [i for i in by_length[start : start + batch_size] if examples[i].target_language == target]
+        batch = [i for i in by_length[start : start + _BATCH_SIZE] if examples[i].target_language == target]
         references = translator.tokenizer.encode_pieces([examples[i].target for i in batch])
         longest = max(_FEWEST_TOKENS, *(len(reference) + 2 for reference in references))
         translations = translator.translate_batch(
             [examples[i].source for i in batch],
             target=target,
             source=[examples[i].source_language for i in batch],
-            **{"max_new_tokens": min(longest, positions), **options},
+            num_beams=num_beams,
+            max_new_tokens=min(longest, positions),
         )
         for i, translation in zip(batch, translations, strict=True):
             results[i] = translation
@@ -104,10 +109,11 @@ def translate_examples(
     return results
 
 
-def evaluate(translator: TextTranslator, examples: Sequence[SentencePair], **options: Any) -> Evaluation:
-    """Translate and score; `options` as in `translate_examples`."""
-    hypotheses = translate_examples(translator, examples, **options)
-    return score_examples(examples, hypotheses)
+def evaluate(
+    translator: TextTranslator, examples: Sequence[SentencePair], *, num_beams: int = 1
+) -> Evaluation:
+    """Translate and score; arguments as in `translate_examples`."""
+    return score_examples(examples, translate_examples(translator, examples, num_beams=num_beams))
 
 
 def score_examples(examples: Sequence[SentencePair], hypotheses: Sequence[str]) -> Evaluation:

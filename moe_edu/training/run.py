@@ -1,73 +1,204 @@
-"""A training run on disk: its log, its resumable state, and files that are never half-written."""
+"""A training run: its folder with the log, the state and the result, in files that are never half-written."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from moe_edu.data import SentencePair
 from moe_edu.model.checkpoint import CheckpointError
+from moe_edu.model.pretrained import TextTranslator
+from moe_edu.training.evaluation import evaluate
+from moe_edu.training.trainer import Trainer
 
 STATE_FILE = "training_state.safetensors"
 LOG_FILE = "log.jsonl"
 RESULT_FILE = "result.json"
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader finds the old file or the new one, never half of it."""
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _publish(scratch, path)
+Record = dict[str, Any]
 
 
-def save_state(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
-) -> None:
-    """Replace the run's resumable state: weights, optimizer moments, and `progress` (JSON)."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
-    scratch = directory / (STATE_FILE + ".part")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        scratch,
-        metadata={"progress": json.dumps(dict(progress))},
-    )
-    _publish(scratch, directory / STATE_FILE)
+class Run:
+    """A run of a trainer: how far it is, its log, and the folder where it leaves everything.
+
+    The trainer counts the steps; the run adds the clock and the tokens.
+
+    Attributes:
+        trainer: what runs.
+        translator: the trainer's model with its tokenizer.
+        directory: the run's folder; None keeps everything in memory.
+        identity: what a run must have in common with one that it resumes: settings, configuration, corpus.
+        seconds: of training.
+        tokens: real tokens seen, source and target.
+        log: one record for each log line.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        translator: TextTranslator,
+        corpus_digest: str,
+        directory: Path | None = None,
+    ) -> None:
+        """Nothing is read or written before `begin` or `resume`."""
+        self.trainer = trainer
+        self.translator = translator
+        self.directory = directory
+        self.identity = {
+            "settings": asdict(trainer.settings),
+            "config": asdict(trainer.model.config),
+            "data": {"corpus": corpus_digest},
+        }
+        self.seconds = 0.0
+        self.tokens = 0
+        self.log = RunLog()
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, by the clock where `settings.seconds` is set, else by steps."""
+        settings = self.trainer.settings
+        if settings.seconds is None:
+            return self.trainer.steps_done / settings.steps
+        return self.seconds / settings.seconds
+
+    @property
+    def tokens_per_second(self) -> int:
+        return round(self.tokens / max(self.seconds, 1e-9))
+
+    def begin(self) -> None:
+        """Start an empty log in the folder."""
+        if self.directory is not None:
+            self.log = RunLog(self.directory / LOG_FILE)
+
+    def resume(self) -> None:
+        """Bring the trainer, the progress and the log back to where the state in the folder was saved.
+
+        Raises:
+            CheckpointError: no state there, a damaged one, or one of another model.
+            ValueError: the run there began with other settings or on another corpus; names each field that differs.
+        """
+        if self.directory is None:
+            raise ValueError("a run in memory leaves nothing to resume")
+        saved, tensors = read_state(self.directory)
+        check_same_run(saved["identity"], self.identity)
+        self._restore(tensors)
+        self.trainer.scaler.load_state_dict(saved["scaler"])
+        progress = saved["progress"]
+        self.trainer.steps_done = progress["step"]
+        self.seconds, self.tokens = progress["seconds"], progress["tokens"]
+        self.log = RunLog(self.directory / LOG_FILE, self.trainer.steps_done)
+
+    def save(self) -> None:
+        """Replace the resumable state in the folder: weights, optimizer moments, progress."""
+        if self.directory is None or self.trainer.steps_done == 0:
+            return
+        trainer = self.trainer
+        tensors = {
+            f"model.{name}": parameter.detach() for name, parameter in trainer.model.named_parameters()
+        }
+        for index, moments in trainer.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
+        state = {
+            "progress": {"step": trainer.steps_done, "seconds": self.seconds, "tokens": self.tokens},
+            "identity": self.identity,
+            "scaler": trainer.scaler.state_dict(),
+        }
+        scratch = self.directory / (STATE_FILE + ".part")
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            scratch,
+            metadata={"progress": json.dumps(state)},
+        )
+        _publish(scratch, self.directory / STATE_FILE)
+
+    def finish(self, test: Sequence[SentencePair], dtype: torch.dtype) -> dict[str, Any]:
+        """Leave the model in the folder, test it, and return what `result.json` then holds.
+
+        Args:
+            test: the sentences to translate.
+            dtype: precision of the model that is left.
+        """
+        self.trainer.model.eval()
+        if self.directory is not None:
+            self.translator.save_pretrained(self.directory, dtype)
+        scores = evaluate(self.translator, test)
+        result = {
+            "seconds": round(self.seconds, 1),
+            "steps": self.trainer.steps_done,
+            "tokens_per_second": self.tokens_per_second,
+            "parameters": self.trainer.weights.numel(),
+            "test": scores.to_json(),
+            "peak_rss_mb": self.trainer.peak_memory_mb(),
+            "settings": self.identity["settings"],
+            "config": self.identity["config"],
+        }
+        if self.directory is not None:
+            write_json(self.directory / RESULT_FILE, result)
+        return result
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the weights and moments of a saved state into the trainer's."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                index, key = rest.split(".")
+                moments.setdefault(int(index), {})[key] = tensor
+        optimizer = self.trainer.optimizer
+        try:
+            with torch.no_grad():
+                for name, parameter in self.trainer.model.named_parameters():
+                    parameter.copy_(tensors[f"model.{name}"])
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"the state in {self.directory} is of another model: {error}") from error
 
 
-def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Bring `model` and `optimizer` back; returns the saved progress.
+def prepare_directory(out: str | Path | None, resume: bool) -> Path | None:
+    """Make the run's folder; refuse to overwrite a run, or to resume without one."""
+    if out is None:
+        if resume:
+            raise ValueError("resume needs `out`, the folder of the run to go on with")
+        return None
+    directory = Path(out)
+    directory.mkdir(parents=True, exist_ok=True)
+    if not resume and (directory / STATE_FILE).exists():
+        raise ValueError(f"{directory} holds a run already: resume it, or choose another folder")
+    return directory
+
+
+def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse to resume with other settings than the run began with.
 
     Raises:
-        CheckpointError: no state there, a damaged one, or one of another model.
+        ValueError: names each field that differs.
     """
-    progress, tensors = read_state(directory)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            index, key = rest.split(".")
-            moments.setdefault(int(index), {})[key] = tensor
-    try:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(tensors[f"model.{name}"])
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"the state in {directory} is of another model: {error}") from error
-    return progress
+    differences = []
+    for part, fields in given.items():
+        for name, value in fields.items():
+            # JSON has no tuples.
+            value = list(value) if isinstance(value, tuple) else value
+            before = saved.get(part, {}).get(name)
+            if before != value:
+                differences.append(f"{name} was {before!r}, is {value!r}")
+    if differences:
+        raise ValueError(
+            f"the run began with other settings: {'; '.join(differences)}. Go on with those, or begin anew in another "
+            "folder"
+        )
 
 
 def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The progress and the tensors of a saved state; errors as `load_state`."""
+    """The progress and the tensors of a saved state; errors as `Run.resume`."""
     path = directory / STATE_FILE
     if not path.is_file():
         raise CheckpointError(f"nothing to resume in {directory}: leave out --resume to start a run there")
@@ -83,7 +214,7 @@ def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 class RunLog:
     """One JSON object a line, flushed line by line; resuming drops what came after the saved state."""
 
-    def __init__(self, path: Path | None, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path | None = None, resume_step: int | None = None) -> None:
         """`path` None keeps the log in memory; `resume_step` None starts an empty one."""
         kept: list[dict[str, Any]] = []
         if path is not None and resume_step is not None and path.is_file():
@@ -108,6 +239,13 @@ class RunLog:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never half of it."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _publish(scratch, path)
 
 
 def _line(record: dict[str, Any]) -> str:

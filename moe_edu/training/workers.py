@@ -43,7 +43,7 @@ class Sentences(NamedTuple):
 
 
 class WorkerPool:
-    """`count` worker processes for models like `model`, on the CPU; a context manager, which ends them.
+    """`count` worker processes for `model`, on the CPU; a context manager, which ends them.
 
     While it is open, this process and each worker use their share of PyTorch's CPU threads.
 
@@ -55,6 +55,7 @@ class WorkerPool:
 
     def __init__(self, count: int, model: MoETranslator, settings: TrainingSettings) -> None:
         self.count = count
+        self._model = model
         self._all_threads = torch.get_num_threads()
         threads = max(1, self._all_threads // (1 + count))
         torch.set_num_threads(threads)
@@ -94,16 +95,15 @@ class WorkerPool:
             self.gradients.add_(theirs)
         return results
 
-    def generate(
-        self, model: MoETranslator, input_ids: Tensor, attention_mask: Tensor, **options: Any
-    ) -> Tensor:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """As `model.generate`, with the sentences dealt out by length to all processes.
 
-        `model` is the main process's, in eval mode, and has the weights that are shared. Where sentences compete for
-        the room of the experts, they stay together, in this process.
+        The model must be in eval mode and have the weights that are shared. Where sentences compete for the room of
+        the experts, they stay together, in this process, and so they do once the workers have ended.
         """
+        model = self._model
         competing = model.config.moe_eval_capacity_token_fraction < 1
-        shares = deal(attention_mask.sum(dim=1), 1 if competing else self.count + 1)
+        shares = deal(attention_mask.sum(dim=1), 1 if competing else 1 + len(self._processes))
         own, *others = (_trim(input_ids[rows], attention_mask[rows], options) for rows in shares)
         busy = self._processes[: len(others)]
         for process, sentences in zip(busy, others, strict=True):
@@ -128,6 +128,7 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.communicate()  # closes the pipe, which ends the worker
+        self._processes = []
         self._folder.cleanup()
         torch.set_num_threads(self._all_threads)
 

@@ -18,9 +18,11 @@ from moe_edu.model.checkpoint import CheckpointError
 from moe_edu.model.pretrained import load_pretrained
 from moe_edu.moe.metrics import collect_metrics
 from moe_edu.system.machine import resolve_device
-from moe_edu.training.loop import TrainingDivergedError, autocast_dtype, learning_rate_at, train
+from moe_edu.training.loop import learning_rate_at, train
 from moe_edu.training.run import LOG_FILE, RESULT_FILE, STATE_FILE, RunLog, read_state
 from moe_edu.training.settings import TrainingSettings, small_config
+from moe_edu.training.shards import autocast_dtype
+from moe_edu.training.trainer import TrainingDivergedError
 
 TINY = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_experts": 4, "dropout": 0.1}
 SETTINGS = TrainingSettings(

@@ -13,9 +13,9 @@ import torch
 
 from moe_edu.data import Batch, PairBatches, Tokenizer, load_corpus
 from moe_edu.model.translator import MoETranslator
-from moe_edu.training.loop import Trainer, start_workers
 from moe_edu.training.settings import TrainingSettings, small_config
 from moe_edu.training.shards import add_gradients, bind_parameters, cut_shards, seeded
+from moe_edu.training.trainer import Trainer, start_workers
 from moe_edu.training.workers import deal
 
 BALLAST_MB = 500
@@ -241,8 +241,8 @@ class TestGenerate:
         options = {"num_beams": num_beams, "forced_bos_token_id": first, "max_new_tokens": 6}
         expected = model.generate(*source, **options)
         with start_workers(model, SETTINGS_OF_THREE, 3) as workers:
-            assert torch.equal(workers.generate(model, *source, **options), expected)
-            single = workers.generate(model, source[0][:1], source[1][:1], **options)
+            assert torch.equal(workers.generate(*source, **options), expected)
+            single = workers.generate(source[0][:1], source[1][:1], **options)
         width = int((expected[0] != 1).sum())
         assert torch.equal(single[0][:width], expected[0][:width])
 
@@ -254,12 +254,15 @@ class TestGenerate:
             for batch in batches:
                 trainer.step(batch, 3e-2)
             model.eval()
-            together = trainer.generate(*source, max_new_tokens=6)
+            together = workers.generate(*source, max_new_tokens=6)
             assert torch.equal(together, model.generate(*source, max_new_tokens=6))
             assert together.shape != before.shape or not torch.equal(together, before), "nothing was learnt"
             # Back in training mode, with dropout, in all processes.
             losses = [trainer.step(batches[0], 0.0).loss.total for _ in range(2)]
             assert losses[0] != losses[1]
+        # A translator that outlives the workers does without them.
+        model.eval()
+        assert torch.equal(workers.generate(*source, max_new_tokens=6), together)
 
     def test_sentences_that_compete_for_experts_stay_together(self, source):
         model = make_model(moe_eval_capacity_token_fraction=0.1).eval()
@@ -267,7 +270,7 @@ class TestGenerate:
         sizes = []
         model.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
         with start_workers(model, SETTINGS, 2) as workers:
-            assert torch.equal(workers.generate(model, *source, max_new_tokens=6), alone)
+            assert torch.equal(workers.generate(*source, max_new_tokens=6), alone)
         assert sizes == [len(source[0])]
 
 
