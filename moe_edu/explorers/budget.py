@@ -1,4 +1,4 @@
-"""The budget: what a model stores, what a token uses of it, and where its work goes."""
+"""The budget: what a model stores, what a source and a target token use of it, and where the work goes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from moe_edu.explorers.explorer import Choice, Explorer, Slider, State, View
 from moe_edu.explorers.wording import fixed, percent
 from moe_edu.model.budget import active_parameters, forward_flops, stored_parameters
 
-_SENTENCE_LENGTH = 32  # tokens read and tokens written, for the work of attention
+_SENTENCE_LENGTH = 32  # source tokens, and target tokens, for the work of attention
 _GIB = 2**30
 
 
@@ -20,7 +20,7 @@ def view(state: State) -> View:
     """Count an encoder and a decoder of these sizes, with F = 4 D as in NLLB.
 
     Returns:
-        `stored`, `active`, `work`: parameters, and FLOPs a token read and one written, part by part as in
+        `stored`, `active`, `work`: parameters, and FLOPs for a source and a target token, part by part as in
         `moe_edu.model.budget.Parts`; `gib` in half precision; `sparse_layers`.
     """
     layers, width, step = state["layers"], state["width"], state["step"]
@@ -41,12 +41,15 @@ def view(state: State) -> View:
     if sparse_layers:
         in_experts, used = stored.experts / stored.total, active.total / stored.total
         sentence = (
-            f"The model stores {amount(stored.total)} parameters, {percent(in_experts, 1)} of them in experts. One "
-            f"token uses {amount(active.total)}, {percent(used, 1)}: it visits 2 of {state['experts']} experts in each "
-            f"of {sparse_layers} layers."
+            f"The model stores {amount(stored.total)} parameters, {percent(in_experts, 1)} of them in experts. "
+            f"A source and a target token together use {amount(active.total)}, {percent(used, 1)}: they visit 2 of "
+            f"{state['experts']} experts in each of {sparse_layers} layers."
         )
     else:
-        sentence = f"No layer has experts: a token uses all of the {amount(stored.total)} parameters."
+        sentence = (
+            f"No layer has experts: a source and a target token together use all of the {amount(stored.total)} "
+            "parameters."
+        )
     return {
         "stored": list(stored),
         "active": list(active),
@@ -65,11 +68,11 @@ def view(state: State) -> View:
 EXPLORER = Explorer(
     name="budget",
     title="The budget",
-    purpose="Size a translator with as many layers in its encoder as in its decoder, and see what it costs.",
+    purpose="Choose the size of a translator whose encoder and decoder are equally deep, and see what it costs.",
     fields=(
         Slider("experts", "Experts", 4, 256, 4, 16),
         Slider("step", "Sparse step", 0, 8, 1, 4),
-        Slider("layers", "Layers each", 2, 48, 2, 12),
+        Slider("layers", "Layers in each half", 2, 48, 2, 12),
         Slider("width", "Width D", 256, 4096, 256, 1024),
         Choice(
             "vocab",
@@ -80,7 +83,7 @@ EXPLORER = Explorer(
     ),
     challenges=(
         "Rebuild NLLB-MoE: 54.5 billion parameters.",
-        "Store 20 billion or more, and let a token use less than 1 billion.",
+        "Store 20 billion or more, of which a source and a target token use less than 1 billion.",
         "Put more than half of all parameters into the embedding.",
     ),
     view=view,

@@ -19,11 +19,11 @@ _T, _E = _BATCH.logits.shape
 
 
 def view(state: State) -> View:
-    """Seat the batch.
+    """Route the batch.
 
     Returns:
         `words` and `languages` `[T]` in the order of the batch; `expert_index`, `kept` `[T, 2]`; `capacity`; for each
-        expert its `queues`, pairs of token and choice, first in line first; the `dropped` words of each language.
+        expert its `queues`, pairs of token and choice in the order of the queue; the `dropped` words of each language.
     """
     first_language = state["first"]
     batch = sorted(range(_T), key=lambda t: _BATCH.languages[t] != first_language)
@@ -52,7 +52,7 @@ def view(state: State) -> View:
         "queues": queues,
         "dropped": dropped,
         "sentence": (
-            f"With {count(capacity, 'slot')} in each expert, {count(lost, 'choice')} of {2 * _T} "
+            f"With {count(capacity, 'slot')} per expert, {lost} of {2 * _T} choices "
             f"{'finds' if lost == 1 else 'find'} no room. {_say_dropped(dropped)}"
         ),
         "met": [
@@ -65,9 +65,9 @@ def view(state: State) -> View:
 
 def _say_dropped(dropped: dict[str, list[str]]) -> str:
     if not any(dropped.values()):
-        return "No word is dropped: each finds at least one of its two experts."
+        return "No word is dropped: each one gets at least one of its two experts."
     parts = [
-        f"{_NAMES[code]} {listed([f'“{word}”' for word in words])}" if words else f"no {_NAMES[code]} word"
+        f"{_NAMES[code]} {listed([f'“{word}”' for word in words])}" if words else f"no {_NAMES[code]} words"
         for code, words in dropped.items()
     ]
     return f"Dropped by both experts: {'; '.join(parts)}."
@@ -76,17 +76,17 @@ def _say_dropped(dropped: dict[str, list[str]]) -> str:
 EXPLORER = Explorer(
     name="capacity_queue",
     title="The capacity queue",
-    purpose="Two sentences queue for eight experts. Move the room, the skew and the order, and see who is left out.",
+    purpose="Two sentences queue for eight experts. Change capacity, skew and order, and see which words are left out.",
     fields=(
         Slider("factor", "Capacity factor", 0.25, 2.0, 0.05, 1.0),
         Slider("skew", "Skew", 0.0, 4.0, 0.1, 2.0),
         Choice("first", "First in the batch", tuple(_NAMES.items()), "eng"),
-        Toggle("priority", "Batch priority: the surest words queue first", False),
+        Toggle("priority", "Batch priority: highest probability first", False),
     ),
     challenges=(
         "Drop no word with a capacity factor of at most 1.",
-        "At a skew of 2 or more, drop English words only.",
-        "At a skew of 2 or more and a factor of at most 1, let both languages lose the same, give or take one word.",
+        "At a skew of 2 or more, drop only English words.",
+        "At a skew of 2 or more and a factor of at most 1, drop as many French as English words, give or take one.",
     ),
     view=view,
     solutions=(

@@ -1,4 +1,4 @@
-"""The cluster: spread the experts over devices, pick one that sends, and see who gets how many bytes."""
+"""The cluster: spread the experts over devices, pick a sender, and see how many bytes each other device gets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NLLB = Cluster()
 
 
 def to_cluster(state: State) -> Cluster:
-    """The cluster that a state describes; what has no control is NLLB-MoE's."""
+    """The cluster that a state describes; sizes without a control are NLLB-MoE's."""
     return Cluster(
         experts=int(state["experts"]),
         devices=int(state["devices"]),
@@ -43,7 +43,7 @@ def view(state: State) -> View:
         f"GPU {sender} sends {cluster.capacity * cluster.experts_per_device} slots "
         f"({size(traffic.message)}) to each of {count(others, 'other GPU')}: {size(traffic.all_to_all)} in one "
         f"all-to-all, {size(traffic.between_nodes)} of it to other nodes. "
-        f"Four a layer and {cluster.sparse_layers} sparse layers make {size(traffic.model_step)} a step."
+        f"With four per layer and {cluster.sparse_layers} sparse layers, that is {size(traffic.model_step)} per step."
     )
     if copies:
         holds = "holds" if len(copies) == 1 else "hold"
@@ -97,19 +97,19 @@ def _data() -> dict[str, Any]:
 EXPLORER = Explorer(
     name="cluster",
     title="The cluster",
-    purpose="Choose how many GPUs share the experts; click one, or move the slider, to see whom it sends tokens to.",
+    purpose="Choose how many GPUs share the experts; click one, or move the slider, to see where it sends tokens.",
     fields=(
         Choice("experts", "Experts", _sizes(), str(_NLLB.experts)),
         Choice("devices", "GPUs", _sizes(), str(_NLLB.devices)),
-        Slider("tokens", "Tokens a GPU", 512, 8192, 512, _NLLB.tokens_per_device),
+        Slider("tokens", "Tokens per GPU", 512, 8192, 512, _NLLB.tokens_per_device),
         Slider("factor", "Capacity factor", 0.5, 2.0, 0.25, _NLLB.capacity_factor),
-        Choice("precision", "Numbers", (("4", "fp32"), ("2", "fp16, bf16"), ("1", "fp8")), "2"),
+        Choice("precision", "Number format", (("4", "fp32"), ("2", "fp16, bf16"), ("1", "fp8")), "2"),
         Slider("sender", "Sending GPU", 0, 511, 1, 21),
     ),
     challenges=(
         "Keep every expert on exactly four GPUs.",
         "With 64 GPUs or more, keep all tokens inside their node.",
-        "128 experts or more, below 0.5 GB a step.",
+        "With 128 experts or more, send less than 0.5 GB per step.",
     ),
     view=view,
     solutions=(

@@ -1,4 +1,4 @@
-"""Dispatch, step by step: words become rows sorted by expert, travel to their experts, come home and are mixed."""
+"""Dispatch, step by step: words become rows sorted by expert, travel to their experts, come back and are mixed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from moe_edu.moe.dispatch import DispatchPlan, plan_dispatch
 from moe_edu.moe.routing import RouterOutput, top2_gating
 
 _LOGITS = six_words(torch.float64).logits
-_ROUTING = top2_gating(_LOGITS, capacity=len(WORDS))  # room for all: what each capacity is cut from
+_ROUTING = top2_gating(_LOGITS, capacity=len(WORDS))  # room for all; each capacity keeps a part of it
 
 
 def view(state: State) -> View:
-    """Plan the dispatch of the six words with `capacity` slots in each expert.
+    """Plan the dispatch of the six words with `capacity` slots per expert.
 
     Returns:
-        `kept` `[T, 2]`, `gates` `[T, 2]`; `order` `[N]`, the flat choice behind each row; `row` `[T, 2]`, where each
-        choice stands; `slot` `[T, 2]`, its place in its expert (-1 for none); `counts` `[E]`.
+        `kept` `[T, 2]`, `gates` `[T, 2]`; `order` `[N]`, the flat choice in each row; `row` `[T, 2]`, the row of each
+        choice; `slot` `[T, 2]`, its slot in its expert (-1 for none); `counts` `[E]`.
     """
     routing = top2_gating(_LOGITS, capacity=state["capacity"])
     plan = plan_dispatch(routing)
@@ -52,15 +52,13 @@ def _sentence(state: State, routing: RouterOutput, plan: DispatchPlan) -> str:
     homeless = int((~routing.kept).sum())
     match state["step"]:
         case 1:
-            return f"{word} chooses expert {first} first and expert {second} second: one word, two rows."
+            return f"{word} chooses expert {first} first and expert {second} second: one word makes two rows."
         case 2:
             rows = [str(row) for row in sorted(int(plan.row[2 * t + k]) for k in kept)]
-            where = (
-                f"stands in row{'s' if len(rows) > 1 else ''} {listed(rows)}" if rows else "has no row left"
-            )
+            where = f"is in row{'s' if len(rows) > 1 else ''} {listed(rows)}" if rows else "has no row left"
             ending = f" {count(homeless, 'choice')} found no room and come last." if homeless > 1 else ""
             ending = " 1 choice found no room and comes last." if homeless == 1 else ending
-            return f"Sorted by expert, {word} {where}.{ending}"
+            return f"After sorting by expert, {word} {where}.{ending}"
         case 3:
             counts = listed([str(n) for n in plan.counts.tolist()])
             empty = routing.num_experts * routing.capacity - int(plan.counts.sum())
@@ -79,7 +77,8 @@ def _sentence(state: State, routing: RouterOutput, plan: DispatchPlan) -> str:
         case _:
             if not kept:
                 return (
-                    f"No expert took {word}: its output is zero, and the residual connection carries it past."
+                    f"No expert took {word}: its output is zero, and the residual connection carries it past the "
+                    "layer."
                 )
             gates = [fixed(float(routing.combine_weights[t, k])) for k in kept]
             parts = " + ".join(
@@ -89,7 +88,7 @@ def _sentence(state: State, routing: RouterOutput, plan: DispatchPlan) -> str:
 
 
 def _farthest_apart(routing: RouterOutput, plan: DispatchPlan) -> list[int]:
-    """The words, of those that kept both choices, whose two rows lie farthest apart."""
+    """The words, of those that kept both choices, whose two rows are farthest apart."""
     row = plan.row.view(-1, 2)
     apart = (row[:, 0] - row[:, 1]).abs().where(routing.kept.all(dim=1), 0)
     return [t for t, distance in enumerate(apart.tolist()) if distance == int(apart.max()) > 0]
@@ -98,16 +97,16 @@ def _farthest_apart(routing: RouterOutput, plan: DispatchPlan) -> list[int]:
 EXPLORER = Explorer(
     name="dispatch_rows",
     title="Rows travel to the experts and back",
-    purpose="Move the step from 1 to 5, change the room in each expert, and press a word to follow it.",
+    purpose="Move the step from 1 to 5, change the number of slots per expert, and click a word to follow it.",
     fields=(
         Slider("step", "Step", 1, 5, 1, 2),
-        Slider("capacity", "Room", 1, 6, 1, 4, unit="slots"),
+        Slider("capacity", "Slots per expert", 1, 6, 1, 4, unit="slots"),
         Choice("word", "Follow", tuple((word, word) for word in WORDS), "cat"),
     ),
     challenges=(
         "Find the number of slots at which exactly one choice finds no room.",
-        "Follow a word to step 5 that keeps only one of its two rows.",
-        "Of the words that keep both rows, follow one whose rows lie farthest apart after sorting.",
+        "Find a word that keeps only one of its two rows, and follow it to step 5.",
+        "Among the words that keep both rows, follow one whose rows are farthest apart after sorting.",
     ),
     view=view,
     solutions=(

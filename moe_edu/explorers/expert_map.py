@@ -1,4 +1,4 @@
-"""The expert map: which languages send their tokens to which expert, with the words behind each cell."""
+"""The expert map: which languages send their tokens to which expert, with the words in each cell."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _SIDES = {"letters": None, "translator": "encoder", "decoder": "decoder"}
 
 
 def view(state: State) -> View:
-    """Read one map.
+    """Read one cell of a map.
 
     Returns:
         `rows` (language codes), `shares` `[G, E]` (of each language's tokens, the part that chose the expert first),
         `row` and `expert` of the selected cell, its `words`, `scripts` (of the expert's tokens, the part of each
-        script, every language counting alike; largest first), and `bits` above chance, over all languages.
-        `shown` names what the sliders stand at.
+        script, with equal weight for every language; largest first), and `bits` above chance, over all languages.
+        `shown` has the labels of the sliders' values.
     """
     data = _data()[state["model"]]
     found = data["trained" if state["trained"] else "untrained"]
@@ -58,9 +58,9 @@ def view(state: State) -> View:
     unit, title = _TITLES[state["model"]]
     name = data["names"][row]
     sentence = (
-        f"In {title}, {'trained' if state['trained'] else 'untrained'}, the chosen expert tells "
-        f"{fixed(bits)} bits about the language, above chance. {name} sends {percent(share)} of its {unit} first to "
-        f"expert {expert}"
+        f"In {title} ({'trained' if state['trained'] else 'untrained'}), the chosen expert tells you "
+        f"{fixed(bits)} bits about the language, above chance. For {percent(share)} of the {unit} in {name}, the first "
+        f"choice is expert {expert}"
         + (f", most often in {listed([_quoted(word) for word in words])}." if words else ".")
     )
     return {
@@ -78,17 +78,17 @@ def view(state: State) -> View:
 
 
 def _short(name: str) -> str:
-    """A language's name as it fits beside the map and its slider."""
+    """A language's name, shortened to fit next to the map and its slider."""
     return name.split(" (")[0].replace("Modern Standard ", "").replace("Western ", "")
 
 
 def _quoted(word: str) -> str:
-    """`word` in quotation marks that stay around it where it is written from right to left."""
+    """`word` in quotation marks that stay around it even if it is written from right to left."""
     return f"“\u2068{word}\u2069”"
 
 
 def scripts_of(expert: int, shares: list[list[float]], scripts: list[str]) -> list[list[Any]]:
-    """[script, part] of the tokens that chose `expert`, every language counting alike; the largest part first."""
+    """[script, part] of the tokens that chose `expert`, with equal weight for every language; largest first."""
     parts: dict[str, float] = {}
     for row, script in zip(shares, scripts, strict=True):
         parts[script] = parts.get(script, 0.0) + row[expert]
@@ -129,7 +129,7 @@ def _map(model: str) -> dict[str, Any]:
 EXPLORER = Explorer(
     name="expert_map",
     title="The expert map",
-    purpose="Choose a model, compare it with its untrained twin, and press a cell to see the words behind it.",
+    purpose="Choose a model, compare it with its untrained twin, and click a cell to see its words.",
     fields=(
         Choice(
             "model",
@@ -142,9 +142,9 @@ EXPLORER = Explorer(
         Slider("expert", "Expert", 0, 15, 1, 13),
     ),
     challenges=(
-        "In a trained model, find a language that sends 60 % or more to one expert.",
-        "Find a router that tells less than 0.1 bits about the language.",
-        "In a trained model, find an expert that a language all but avoids: below 0.2 %.",
+        "In a trained model, find a language that sends 60 % or more of its tokens to one expert.",
+        "Find a router that tells you less than 0.1 bits about the language.",
+        "In a trained model, find an expert that a language almost never chooses: less than 0.2 %.",
     ),
     view=view,
     solutions=({"row": 10, "expert": 14}, {"trained": False}, {"row": 1, "expert": 13}),

@@ -2,7 +2,7 @@
 
 The state is a flat dictionary of JSON values, one for each field. `view(state)` computes all numbers that the picture
 shows; `static/<name>.js` has the same function, `compute`, for pages without a kernel, and draws the result. Tests
-hold the two against each other on random states.
+compare the two on random states.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ State: TypeAlias = dict[str, Any]
 View: TypeAlias = dict[str, Any]
 
 STATIC = Path(__file__).parent / "static"
-_NUM_STYLES = 16  # experts whose look a page knows; beyond, looks repeat
+_NUM_STYLES = 16  # expert styles that a page gets; further experts reuse them
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Toggle:
 
 @dataclass(frozen=True)
 class Text:
-    """What the reader types, shown as text whatever it holds."""
+    """What the reader types; always shown as plain text."""
 
     name: str
     label: str
@@ -98,7 +98,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Grid:
-    """Numbers `[rows, columns]` that are moved on the stage itself."""
+    """Numbers `[rows, columns]` that the reader changes on the stage itself."""
 
     name: str
     label: str
@@ -127,19 +127,19 @@ Field: TypeAlias = Slider | Choice | Toggle | Text | Grid
 
 @dataclass(frozen=True)
 class Explorer:
-    """A picture to move.
+    """A picture that the reader moves.
 
     Attributes:
         name: of its module and of its file in `static/`.
         title: above the picture.
         purpose: what to move, in one sentence.
         fields: of the state, in the order of the controls; grids are moved on the stage.
-        challenges: what to reach, one sentence each.
-        view: pure; state to every number that is shown, with `sentence` (what is to be seen now) and `met` (for each
-            challenge, whether this state meets it).
+        challenges: goals for the reader, one sentence each.
+        view: pure; maps a state to every number that is shown, `sentence` (what the picture shows now) and `met` (for
+            each challenge, whether this state meets it).
         solutions: for each challenge, changes to the initial state that meet it.
         height: of the stage, whose width is 720.
-        data: constants that the page needs to compute the same, JSON.
+        data: constants that the page needs to compute the same numbers, JSON.
     """
 
     name: str
@@ -169,11 +169,11 @@ class Explorer:
         return state
 
     def random_state(self, rng: random.Random) -> State:
-        """Any state that the reader can reach."""
+        """A random state that the reader can reach."""
         return {field.name: field.draw(rng) for field in self.fields}
 
     def html(self, **changes: Any) -> str:
-        """The explorer for any page: alive where scripts run, elsewhere a picture of its first state and a sentence."""
+        """The explorer for any page: interactive where scripts run, otherwise a picture and a sentence."""
         state = self.state(**changes)
         sentence = escape(self.view(state)["sentence"])
         call = f"mount(root, explorer, {_script_json(self.spec())}, {_script_json(state)})"
@@ -185,12 +185,12 @@ class Explorer:
         )
 
     def widget(self, **changes: Any) -> ExplorerWidget:
-        """The explorer linked with Python: read and set `widget.state`, or observe it."""
+        """The explorer linked to Python: read and set `widget.state`, or observe it."""
         state = self.state(**changes)
         return ExplorerWidget(self, state)
 
     def spec(self) -> dict[str, Any]:
-        """What the page has to know besides the state."""
+        """What the page needs besides the state."""
         return {
             "name": self.name,
             "title": self.title,
@@ -204,7 +204,7 @@ class Explorer:
 
 
 class ExplorerWidget(anywidget.AnyWidget):
-    """An explorer as a widget; its `state` follows the page, and the page follows it."""
+    """An explorer as a widget; `state` and the page stay in sync."""
 
     spec = traitlets.Dict().tag(sync=True)
     state = traitlets.Dict().tag(sync=True)
@@ -221,12 +221,12 @@ class ExplorerWidget(anywidget.AnyWidget):
 
     @property
     def view(self) -> View:
-        """What is shown now, as numbers."""
+        """The numbers that are shown now."""
         return self._explorer.view(self.state)
 
 
 def bundle(name: str) -> str:
-    """`kit.js` and `<name>.js` as one script: modules in the repository, plain declarations here."""
+    """`kit.js` and `<name>.js` as one script: modules in the repository become plain declarations."""
     return f"{_plain_script('kit')}\n{_plain_script(name)}"
 
 
@@ -248,7 +248,7 @@ def _plain_script(name: str) -> str:
 
 
 def _script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot end the script element that contains it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 

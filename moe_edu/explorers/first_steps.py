@@ -1,4 +1,4 @@
-"""First steps: one word, two experts, and the gates that their scores become."""
+"""First steps: one word, two experts, and the gates that follow from their scores."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def view(state: State) -> View:
     """Route one word to two experts.
 
     Returns:
-        `word`; `chosen`, the two experts in the order of choice; `gates`, one an expert.
+        `word`; `chosen`, the two experts in the order of choice; `gates`, one per expert.
     """
     logits = torch.tensor(state["scores"], dtype=torch.float64)
     routing = top2_gating(logits, capacity=1)
     chosen, gates = routing.expert_index[0].tolist(), routing.combine_matrix()[0].tolist()
     word = state["word"] or _NO_WORD
-    quoted = f"“\u2068{word}\u2069”"  # marks that stay around it where it is written from right to left
+    quoted = f"“\u2068{word}\u2069”"  # the isolates keep the marks around right-to-left text
     if state["scores"][0][0] == state["scores"][0][1]:
         sentence = f"Expert 0 and expert 1 count the same for {quoted}: {fixed(gates[0])} each."
     else:
         first, second = chosen
         sentence = (
-            f"{quoted} asks expert {first} first. Its answer counts {fixed(gates[first])}, and expert {second}’s "
-            f"counts {fixed(gates[second])}."
+            f"For {quoted}, expert {first} is the first choice, with gate {fixed(gates[first])}; "
+            f"expert {second} is the second, with gate {fixed(gates[second])}."
         )
     return {
         "word": word,
@@ -53,8 +53,8 @@ EXPLORER = Explorer(
     ),
     challenges=(
         "Make expert 1 the first choice.",
-        "Let both experts count the same.",
-        "Let expert 0 count 0.99 or more, with a score of at most 1.",
+        "Make both experts count the same.",
+        "Give expert 0 a gate of 0.99 or more, with a score of at most 1.",
     ),
     view=view,
     solutions=(

@@ -1,4 +1,4 @@
-"""Two training runs to look through: loss, chrF++, expert load and translations at every step.
+"""Two training runs to step through: loss, chrF++, expert load and translations at every step.
 
 The values are those of `moe_edu.experiments.learning_history`: one run with the balancing loss and one without.
 """
@@ -24,7 +24,7 @@ def view(state: State) -> View:
     """Look up one step of one run.
 
     Returns:
-        `point` and `snapshot` (places in the run's lists; the last snapshot up to this step, -1 before the first),
+        `point` and `snapshot` (indices into the run's lists; the last snapshot up to this step, -1 before the first),
         `loss`, `chrf` (None before the first snapshot), `load` `[E]`, `left_behind`, `right` (for each phrase).
     """
     run = _RUNS[state["weight"]]
@@ -51,7 +51,7 @@ def view(state: State) -> View:
         "sentence": (
             f"Step {int(state['step'])}: the loss is {fixed(point['loss'])}; {quality}. "
             f"Expert {busiest} is the first choice of {percent(load[busiest])} of the tokens; "
-            f"{percent(behind, 1)} of them find room in no expert."
+            f"{percent(behind, 1)} of all tokens find no room in any expert."
         ),
         "met": [
             point["loss"] < 2.5 and chrf is not None and chrf < 10,
@@ -62,7 +62,7 @@ def view(state: State) -> View:
 
 
 def _right(run: dict[str, Any], looked: int) -> list[bool]:
-    """For each phrase, whether snapshot `looked` (-1 for before the first) says what the human wrote."""
+    """For each phrase, whether snapshot `looked` (-1 for before the first) equals the human's translation."""
     said = run["snapshots"][looked]["translations"] if looked >= 0 else [None] * len(_PHRASES)
     return [text == phrase["human"] for text, phrase in zip(said, _PHRASES, strict=True)]
 
@@ -70,7 +70,7 @@ def _right(run: dict[str, Any], looked: int) -> list[bool]:
 EXPLORER = Explorer(
     name="learning_curve",
     title="A run, step by step",
-    purpose="Move through a finished run. The thin dashed line is the other run; the losses all but coincide.",
+    purpose="Step through a finished run. The thin dashed line is the other run; their losses are almost the same.",
     fields=(
         Choice("weight", "Balancing loss", (("0.01", "weight 0.01"), ("0", "weight 0: left out")), "0.01"),
         Slider("step", "Step", WINDOW, _LAST_STEP, WINDOW, SNAPSHOT_EVERY),
@@ -78,7 +78,7 @@ EXPLORER = Explorer(
     challenges=(
         "Find a step with a loss below 2.5 and chrF++ still below 10.",
         "Find the step at which a phrase is right for the first time.",
-        "Leave the balancing loss out, and find an expert with nothing to do.",
+        "Turn the balancing loss off, and find an expert with nothing to do.",
     ),
     view=view,
     solutions=(

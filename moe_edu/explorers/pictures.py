@@ -1,6 +1,6 @@
 """Draw each explorer's first state as a picture: `python -m moe_edu.explorers.pictures [NAME ...]`.
 
-Pages that run no scripts, GitHub's among them, show these. Needs playwright and Chromium or Chrome.
+Pages that run no scripts, such as GitHub's, show these. Needs playwright and Chromium or Chrome.
 """
 
 from __future__ import annotations

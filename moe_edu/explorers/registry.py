@@ -29,7 +29,7 @@ def get(name: str) -> Explorer:
     """The explorer called `name`, `EXPLORER` in the module of that name.
 
     Raises:
-        ValueError: there is none; with near matches.
+        ValueError: no explorer has this name; the message lists near matches.
     """
     if name not in NAMES:
         near = get_close_matches(name, NAMES, n=3, cutoff=0.4) or NAMES
@@ -39,7 +39,7 @@ def get(name: str) -> Explorer:
 
 
 def show(name: str, **state: Any) -> None:
-    """Show an explorer below the cell; `state` sets fields to begin with, as `temperature=2.0`.
+    """Show an explorer below the cell; `state` sets the initial values of fields, such as `temperature=2.0`.
 
     Raises:
         ValueError: no such explorer or field, or a value out of range.

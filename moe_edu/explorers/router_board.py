@@ -20,7 +20,7 @@ def view(state: State) -> View:
     """Route the words without a limit on capacity.
 
     Returns:
-        `probs` `[T, E]`, `chosen` `[T, 2]` (-1 for none), `gates` `[T, 2]`, `load` `[E]` choices an expert.
+        `probs` `[T, E]`, `chosen` `[T, 2]` (-1 for none), `gates` `[T, 2]`, `load` `[E]` choices per expert.
     """
     logits = torch.tensor(state["logits"], dtype=torch.float64) / state["temperature"]
     routing = top2_gating(
@@ -40,9 +40,13 @@ def view(state: State) -> View:
     alone = int((chosen[:, 1] < 0).sum())
     two = state["choices"] == "2"
     sentence = (
-        f"The router is surest of “{WORDS[surest]}”: expert {int(chosen[surest, 0])} has probability "
+        f"The router is most confident about “{WORDS[surest]}”: expert {int(chosen[surest, 0])} has probability "
         f"{fixed(float(top[surest]))}. "
-        + (f"Nobody chooses expert {listed(idle)}." if idle else "Every expert is chosen by somebody.")
+        + (
+            f"No word chooses expert{'s' if len(idle) > 1 else ''} {listed(idle)}."
+            if idle
+            else "Every expert is chosen by some word."
+        )
         + (
             f" {count(alone, 'word')} {'has' if alone == 1 else 'have'} no second expert."
             if two and alone
@@ -64,7 +68,7 @@ def view(state: State) -> View:
 
 
 def _noise() -> dict[str, Any]:
-    """What each draw's generator gives: Gumbel noise `[T, E]` for "sampling", uniform `[T]` for "random"."""
+    """What each draw's generator produces: Gumbel noise `[T, E]` for "sampling", uniform `[T]` for "random"."""
 
     def generator(draw: int) -> torch.Generator:
         return torch.Generator().manual_seed(draw)
@@ -84,20 +88,20 @@ EXPLORER = Explorer(
     purpose="Drag a word's logits, and watch its probabilities, its two experts and their gates.",
     fields=(
         Slider("temperature", "Temperature", 0.2, 4.0, 0.1, 1.0),
-        Choice("choices", "Experts a word", (("1", "top-1"), ("2", "top-2")), "2"),
+        Choice("choices", "Experts per word", (("1", "top-1"), ("2", "top-2")), "2"),
         Choice(
             "policy",
             "Second expert",
             (("all", "all: the runner-up"), ("sampling", "sampling"), ("random", "random")),
             "all",
         ),
-        Slider("draw", "Draw of the noise", 1, _DRAWS, 1, 1),
+        Slider("draw", "Noise draw", 1, _DRAWS, 1, 1),
         Grid("logits", "Logits", -3.0, 5.0, 0.1, _ROWS),
     ),
     challenges=(
         "Send “cat” and “chat” to different first experts.",
-        "Make one first expert at least 0.95 probable, with no logit above 2.5.",
-        "Policy random: find a draw in which four words get no second expert.",
+        "Give one first choice a probability of at least 0.95, with no logit above 2.5.",
+        "With the policy random, find a draw in which four words get no second expert.",
     ),
     view=view,
     solutions=(

@@ -1,8 +1,8 @@
 """A router that trains while you move the weights of its two losses: the smallest setting in which it collapses.
 
 Six words, each with its four features and a part that all words share. Expert e holds one vector, and a word's output
-is that of its best expert, times the probability (one choice a word, as in Switch Transformer). Both learn by plain
-gradient descent to give the word's own features back, in float64.
+is the vector of its best expert, times the probability (one choice per word, as in Switch Transformer). Router and
+experts learn by plain gradient descent to reproduce the word's own features, in float64.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Step(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """`router` `[E, D]`, one row an expert, and `vectors` `[E, D]`, what each expert gives back."""
+    """`router` `[E, D]`, one row per expert, and `vectors` `[E, D]`, the output of each expert."""
 
     router: Array
     vectors: Array
 
 
 def first_weights(seed: int) -> Weights:
-    """Small random numbers, rounded so that the page starts from the very same ones."""
+    """Small random numbers, rounded so that the page starts from exactly the same ones."""
     generator = torch.Generator().manual_seed(seed)
     numbers = 0.3 * torch.randn(2, NUM_EXPERTS, 5, generator=generator, dtype=torch.float64)
     return Weights(*numbers.round(decimals=4).numpy())
@@ -92,7 +92,7 @@ def step(x: Array, weights: Weights, balance_weight: float, z_weight: float) -> 
     by_logits += z_weight * 2 / T * log_z[:, None] * probs
     by_vectors = np.zeros_like(weights.vectors)
     np.add.at(by_vectors, expert, 2 / T * gate[:, None] * miss)
-    # Rounded, so that the page, whose exp differs in the last digit, stays on the same path for ever.
+    # Rounded, so that the page, whose exp differs in the last digit, follows exactly the same path.
     return measured, Weights(
         (weights.router - LEARNING_RATE * (by_logits.T @ x)).round(_DECIMALS),
         (weights.vectors - LEARNING_RATE * by_vectors).round(_DECIMALS),
@@ -100,7 +100,7 @@ def step(x: Array, weights: Weights, balance_weight: float, z_weight: float) -> 
 
 
 def train(balance_weight: float, z_weight: float, shared: float, seed: int, steps: int = STEPS) -> list[Step]:
-    """Every step of one training."""
+    """Every step of one training run."""
     x, weights, history = inputs(shared), first_weights(seed), []
     for _ in range(steps):
         measured, weights = step(x, weights, balance_weight, z_weight)
@@ -132,8 +132,8 @@ def view(state: State) -> View:
         "z": [measured.z for measured in history],
         "alive": alive,
         "sentence": (
-            f"{sentence} In step {STEPS} the error is {fixed(last.error)}, the balancing loss "
-            f"{fixed(last.balance)}, the z-loss {fixed(last.z)}."
+            f"{sentence} At step {STEPS}, the error is {fixed(last.error)}, the balancing loss "
+            f"{fixed(last.balance)} and the z-loss {fixed(last.z)}."
         ),
         "met": [
             state["shared"] >= 1 and alive == NUM_EXPERTS,
@@ -146,15 +146,15 @@ def view(state: State) -> View:
 EXPLORER = Explorer(
     name="router_training",
     title="A router that trains as you move the weights",
-    purpose="Each change trains it anew. Who keeps the work, and what does each loss cost?",
+    purpose="Each change trains the router again. Which experts get work, and what does each loss cost?",
     fields=(
         Slider("balance", "Balance weight", 0.0, 1.0, 0.05, 0.0),
-        Slider("z", "z weight", 0.0, 0.2, 0.01, 0.0),
-        Slider("shared", "Shared part", 0.0, 2.0, 0.1, 1.0),
+        Slider("z", "z-loss weight", 0.0, 0.2, 0.01, 0.0),
+        Slider("shared", "Shared part of words", 0.0, 2.0, 0.1, 1.0),
         Slider("seed", "Seed", 1, SEEDS, 1, 1),
     ),
     challenges=(
-        "Keep all four experts in use although the shared part is at least 1.",
+        "Keep all four experts in use with a shared part of at least 1.",
         "Without any balancing, keep at least two experts in use.",
         "Bring the z-loss below 0.2 with all four experts in use.",
     ),

@@ -1,7 +1,7 @@
-"""Routing, layer by layer: follow a token through four sparse layers, and see who else chooses its experts.
+"""Routing, layer by layer: follow a token through four sparse layers, and see which other tokens choose its experts.
 
-The values are those of `moe_edu.experiments.routing_layers`: a translator with four sparse encoder layers, trained to
-be looked at, and the same model before its first step.
+The values are those of `moe_edu.experiments.routing_layers`: a translator with four sparse encoder layers, trained
+for this picture, and the same model before training.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _MOST_TOKENS = max(len(sentence["tokens"]) for sentence in _SENTENCES)
 
 
 def view(state: State) -> View:
-    """Look up one token's way.
+    """Look up one token's path.
 
     Returns:
         `token` (place in the sentence), `path` (its first choice in each layer), `twins` (places of equal tokens),
-        `parts` (the first layer, from 1, in which a twin's first choice is another; 0 for none), `groups` `[E]`
+        `parts` (the first layer, from 1, in which a twin's first choice differs; 0 for none), `groups` `[E]`
         (places of the tokens whose first choice in the chosen layer is e). `shown` names the token of the slider.
     """
     sentence = _SENTENCES[int(state["sentence"])]
@@ -44,16 +44,16 @@ def view(state: State) -> View:
     sizes = [len(group) for group in groups]
     busiest = sizes.index(max(sizes))
     said = (
-        f"“{tokens[token]}” chooses first the experts {listed([str(expert) for expert in path])} "
-        "of layers 1, 2, 3 and 4."
+        f"In layers 1 to 4, the first choices of “{tokens[token]}” are experts "
+        f"{listed([str(expert) for expert in path])}."
     )
     if twins:
         said += (
-            f" The same token stands elsewhere, too: they part in layer {parts}."
+            f" The same token also occurs elsewhere, and first chooses differently in layer {parts}."
             if parts
-            else " The same token stands elsewhere, too, and goes the same way."
+            else " The same token also occurs elsewhere, and chooses the same experts."
         )
-    said += f" In layer {layer + 1} expert {busiest} is the first choice of {sizes[busiest]} of {len(tokens)} tokens."
+    said += f" In layer {layer + 1}, expert {busiest} is the first choice of {sizes[busiest]} of {len(tokens)} tokens."
     return {
         "shown": {"token": tokens[token]},
         "token": token,
@@ -81,16 +81,14 @@ EXPLORER = Explorer(
             tuple((str(i), f"{s['language'][:3]}: {s['text']}") for i, s in enumerate(_SENTENCES)),
             "0",
         ),
-        Choice(
-            "model", "Router", (("trained", "trained"), ("untrained", "before its first step")), "trained"
-        ),
+        Choice("model", "Router", (("trained", "trained"), ("untrained", "before training")), "trained"),
         Slider("layer", "Layer", 1, 4, 1, 1),
         Slider("token", "Token", 1, _MOST_TOKENS, 1, 3),
     ),
     challenges=(
-        "Trained: find two equal tokens that part only in the last layer.",
-        "Before training: find two that part in the first.",
-        "Trained: find an expert that half of the tokens choose first.",
+        "Trained: find two equal tokens that choose differently only in the last layer.",
+        "Before training: find two that choose differently in the first layer.",
+        "Trained: find an expert that is the first choice of half of the tokens.",
     ),
     view=view,
     solutions=(

@@ -1,6 +1,6 @@
 """Two of 128: what a sparse layer computes when a one-hot mask is passed where expert indices are expected.
 
-Release 5 of transformers ships its NLLB-MoE so (`modeling_nllb_moe.py` of 5.0.0 and of 5.23.0).
+NLLB-MoE in transformers does so in releases 5.0.0, 5.23.0 and 5.24.0 (`modeling_nllb_moe.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _MOST_EXPERTS = 16
 _TESTS = (
     "the output has the right shape",
     "no value is infinite or NaN",
-    "the router chooses as a loop does",
+    "the router chooses like a loop",
     "a word's gates sum to 1",
-    "the experts chosen are those that run",
-    "the output equals a loop over words",
+    "the chosen experts are those that run",
+    "the output equals that of a loop",
 )
 _TOLERANCE = 1e-6
 
@@ -39,11 +39,11 @@ def _logits() -> Tensor:
 
 
 _LOGITS = _logits()
-_ANSWERS = _make_up(1, 2.0, -1.0) + 0.003 * torch.arange(_MOST_EXPERTS)  # what each expert makes of each word
+_ANSWERS = _make_up(1, 2.0, -1.0) + 0.003 * torch.arange(_MOST_EXPERTS)  # each expert's output for each word
 
 
 def _weights_published(routing: RouterOutput) -> tuple[Tensor, list[int]]:
-    """The weight `[T, E]` with which each expert's answer enters each word, and the rows that each expert computes."""
+    """The weight `[T, E]` of each expert's output in each word, and the rows that each expert computes."""
     gates, E = routing.combine_matrix(), routing.num_experts
     mask = F.one_hot(routing.expert_index[:, 0], E)  # [T, E]
     taken = F.one_hot(mask, E).permute(2, 1, 0)  # [E, slot, T]: read as if `mask` held indices
@@ -55,11 +55,11 @@ def _weights_published(routing: RouterOutput) -> tuple[Tensor, list[int]]:
 
 
 def view(state: State) -> View:
-    """Route the words, then run the layer as published or as mended.
+    """Route the words, then run the layer as published or as fixed.
 
     Returns:
-        `chosen` `[T, 2]` and `gates` `[T, 2]` of the router; `weights` `[T, E]`, with which each expert's answer
-        enters the output; `rows` `[E]` that each computes; `errors` `[T]`; `tests`, which of the six pass.
+        `chosen` `[T, 2]` and `gates` `[T, 2]` of the router; `weights` `[T, E]` of each expert's output in
+        each word; `rows` `[E]` that each computes; `errors` `[T]`; `tests`, which of the six pass.
     """
     E = int(state["experts"])
     logits, answers = _LOGITS[:, :E].clone(), _ANSWERS[:, :E]
@@ -79,11 +79,11 @@ def view(state: State) -> View:
     work = (
         f"Experts 0 and 1 ran, on {rows[0]} and {rows[1]} rows"
         if published
-        else f"They ran, on {sum(rows)} rows"
+        else f"They ran on {sum(rows)} rows"
     )
-    outcome = f"{wrong} of {len(WORDS)} words {'comes' if wrong == 1 else 'come'} out wrong"
+    outcome = f"{wrong} of {len(WORDS)} words {'is' if wrong == 1 else 'are'} wrong"
     if not wrong:
-        outcome = f"every word comes out right{' all the same' if published else ''}"
+        outcome = f"every word is right{' anyway' if published else ''}"
     names = listed([str(expert) for expert in chosen])
     differ = not state["copies"]
     return {
@@ -105,22 +105,22 @@ def view(state: State) -> View:
 EXPLORER = Explorer(
     name="two_of_128",
     title="Two of 128",
-    purpose="Outlined: what the router chose. Discs: what the layer ran. Make the bug visible, and invisible.",
+    purpose="Outlines show what the router chose, discs what the layer ran. Make the bug visible, then invisible.",
     fields=(
         Choice(
             "code",
             "Layer",
-            (("published", "as release 5 ships it"), ("mended", "mended")),
+            (("published", "as in transformers 5.24.0"), ("fixed", "fixed")),
             "published",
         ),
         Slider("experts", "Experts", 2, _MOST_EXPERTS, 1, 8),
-        Slider("push", "Push to expert 1", -3.0, 3.0, 0.5, 0.0),
-        Toggle("copies", "all experts are copies of one", False),
+        Slider("push", "Added to expert 1", -3.0, 3.0, 0.5, 0.0),
+        Toggle("copies", "All experts are copies of one", False),
     ),
     challenges=(
-        "Release 5, experts that differ: let every word come out right.",
-        "Release 5: the experts chosen are those that run, and yet a word is wrong.",
-        "Release 5: the output equals the loop, although chosen experts never ran.",
+        "As published, with different experts: get every word right.",
+        "As published: let exactly the chosen experts run, and still get a word wrong.",
+        "As published: get the output of the loop although chosen experts never ran.",
     ),
     view=view,
     solutions=({"experts": 2, "push": 3.0}, {"experts": 2}, {"copies": True}),

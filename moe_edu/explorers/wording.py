@@ -1,4 +1,4 @@
-"""How sentences under the pictures write numbers and lists; `kit.js` has the same functions."""
+"""How the sentences below the pictures write numbers and lists; `kit.js` has the same functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from decimal import ROUND_HALF_UP, Decimal
 
 
 def fixed(value: float, digits: int = 2) -> str:
-    """`value` with so many decimals, halves away from zero, and a true minus sign."""
+    """`value` rounded to `digits` decimals, halves away from zero, with a real minus sign."""
     rounded = Decimal(abs(value)).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_HALF_UP)
     return f"{'−' if value < 0 and rounded else ''}{rounded}"
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -61,6 +62,14 @@ class TestEveryExplorer:
         assert '<img src="data:image/svg+xml;base64,' in stripped
         assert f'alt="{stripped.split("alt=")[1].split(chr(34))[1]}"' in stripped
         assert "</svg>" in (STATIC / "pictures" / f"{name}.svg").read_text("utf-8")
+
+    def test_the_picture_has_words_only_where_they_are_drawn(self, name):
+        """A stray number between shapes is invisible, and read out by screen readers."""
+        picture = ElementTree.parse(STATIC / "pictures" / f"{name}.svg")
+        for element in picture.iter():
+            assert not (element.tail or "").strip()
+            if element.tag.split("}")[1] not in ("text", "style"):
+                assert not (element.text or "").strip()
 
     def test_asks_no_other_machine_for_anything(self, name):
         script = explorers.get(name).html().replace("http://www.w3.org/2000/svg", "")
@@ -142,4 +151,4 @@ def test_show_puts_html_and_a_sentence_below_the_cell(monkeypatch):
     monkeypatch.setattr("moe_edu.explorers.registry.display", lambda bundle, raw: bundles.append(bundle))
     explorers.show("router_board", temperature=0.5)
     assert "<script>" in bundles[0]["text/html"]
-    assert bundles[0]["text/plain"].startswith("The router is surest of")
+    assert bundles[0]["text/plain"].startswith("The router is most confident about")

@@ -72,7 +72,7 @@ def test_twins_are_equal_tokens():
     shown = view(EXPLORER.state(token=3))
     tokens = ROUTES["sentences"][0]["tokens"]
     assert shown["twins"] == [t for t in range(len(tokens)) if t != 2 and tokens[t] == tokens[2]]
-    assert "The same token stands elsewhere" in shown["sentence"]
+    assert "The same token also occurs elsewhere" in shown["sentence"]
     assert "elsewhere" not in view(EXPLORER.state(token=1))["sentence"]
 
 

@@ -15,8 +15,8 @@ def test_as_published_only_experts_0_and_1_run(experts):
 
 
 @pytest.mark.parametrize("experts", [2, 8, 16])
-def test_mended_it_computes_two_rows_a_word_and_passes_every_test(experts):
-    shown = view(EXPLORER.state(code="mended", experts=experts))
+def test_fixed_it_computes_two_rows_per_word_and_passes_every_test(experts):
+    shown = view(EXPLORER.state(code="fixed", experts=experts))
     assert sum(shown["rows"]) == 12
     assert all(shown["tests"])
     assert max(shown["errors"]) == 0

@@ -28,7 +28,7 @@ function compute(state, data) {
   const lost = kept.flat().filter((kept) => !kept).length;
   return {
     words, languages, expert_index, kept, capacity, queues, dropped,
-    sentence: `With ${count(capacity, "slot")} in each expert, ${count(lost, "choice")} of ${2 * T} ` +
+    sentence: `With ${count(capacity, "slot")} per expert, ${lost} of ${2 * T} choices ` +
       `${lost === 1 ? "finds" : "find"} no room. ${sayDropped(dropped)}`,
     met: [
       eng + fra === 0 && state.factor <= 1,
@@ -41,9 +41,9 @@ function compute(state, data) {
 const NAMES = { eng: "English", fra: "French" };
 
 function sayDropped(dropped) {
-  if (!Object.values(dropped).flat().length) return "No word is dropped: each finds at least one of its two experts.";
+  if (!Object.values(dropped).flat().length) return "No word is dropped: each one gets at least one of its two experts.";
   const parts = Object.entries(dropped).map(([code, words]) =>
-    (words.length ? `${NAMES[code]} ${listed(words.map((word) => `“${word}”`))}` : `no ${NAMES[code]} word`));
+    (words.length ? `${NAMES[code]} ${listed(words.map((word) => `“${word}”`))}` : `no ${NAMES[code]} words`));
   return `Dropped by both experts: ${parts.join("; ")}.`;
 }
 

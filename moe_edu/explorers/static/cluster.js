@@ -19,7 +19,7 @@ function compute(state, data) {
   const copies = range(replicas).map((group) => place + group * groupSize).filter((device) => device !== sender);
   const text = `GPU ${sender} sends ${capacity * each} slots (${size(message)}) to each of ${count(others, "other GPU")}: ` +
     `${size(inside + between)} in one all-to-all, ${size(between)} of it to other nodes. ` +
-    `Four a layer and ${data.sparse_layers} sparse layers make ${size(step)} a step.`;
+    `With four per layer and ${data.sparse_layers} sparse layers, that is ${size(step)} per step.`;
   const more = copies.length
     ? ` ${count(copies.length, "more GPU")} ${copies.length === 1 ? "holds" : "hold"} the same expert; their gradients must be averaged.`
     : "";
@@ -75,8 +75,8 @@ function draw(view, state, act, spec) {
     range(devices).map((device) => square(at(device).x, at(device).y, pitch - 2, kind(device), () => act.set({ sender: device }))),
     bar(0, "tokens inside the node", view.inside, 0.35),
     bar(1, "tokens to other nodes", view.between, 0.9),
-    label(0, below + 67, `bytes that GPU ${view.sender} sends in one all-to-all, with ${view.capacity} slots an expert`, { size: 12, soft: true }),
-    label(0, below + 92, `GPU ${view.sender} holds ${view.holds[0] === view.holds[1] ? `expert ${view.holds[0]}` : `experts ${view.holds[0]} to ${view.holds[1]}`}: ${size(view.weights)} of the layer's ${size(view.all_weights)}. The tokens travel, the weights stay.`),
+    label(0, below + 67, `bytes that GPU ${view.sender} sends in one all-to-all, with ${view.capacity} slots per expert`, { size: 12, soft: true }),
+    label(0, below + 92, `GPU ${view.sender} holds ${view.holds[0] === view.holds[1] ? `expert ${view.holds[0]}` : `experts ${view.holds[0]} to ${view.holds[1]}`}: ${size(view.weights)} of the layer's ${size(view.all_weights)}. Tokens travel; weights stay.`),
   ];
 }
 

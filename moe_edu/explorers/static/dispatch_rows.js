@@ -1,6 +1,6 @@
 import { argmax, button, chip, colored, count, expertTag, fixed, h, hatching, label, listed, range, sum } from "./kit.js";
 
-// The arithmetic of moe_edu.moe.dispatch.plan_dispatch: kept choices sorted by expert, the others behind them.
+// The arithmetic of moe_edu.moe.dispatch.plan_dispatch: kept choices sorted by expert, then the others.
 function compute(state, data) {
   const E = data.num_experts;
   const kept = data.position.map((pair) => pair.map((position) => position < state.capacity));
@@ -37,12 +37,12 @@ function sentence(state, data, { t, mine, row, counts, gates, homeless }) {
   const experts = mine.map((k) => `${data.expert[t][k]}`);
   const plural = mine.length > 1 ? "s" : "";
   if (state.step === 1) {
-    return `${word} chooses expert ${data.expert[t][0]} first and expert ${data.expert[t][1]} second: one word, two rows.`;
+    return `${word} chooses expert ${data.expert[t][0]} first and expert ${data.expert[t][1]} second: one word makes two rows.`;
   }
   if (state.step === 2) {
-    const where = mine.length ? `stands in row${plural} ${listed(mine.map((k) => row[t][k]).sort((a, b) => a - b).map(String))}` : "has no row left";
+    const where = mine.length ? `is in row${plural} ${listed(mine.map((k) => row[t][k]).sort((a, b) => a - b).map(String))}` : "has no row left";
     const ending = homeless ? ` ${count(homeless, "choice")} found no room and come${homeless === 1 ? "s" : ""} last.` : "";
-    return `Sorted by expert, ${word} ${where}.${ending}`;
+    return `After sorting by expert, ${word} ${where}.${ending}`;
   }
   if (state.step === 3) {
     const slots = data.num_experts * state.capacity;
@@ -52,7 +52,7 @@ function sentence(state, data, { t, mine, row, counts, gates, homeless }) {
     if (!mine.length) return `Every row returns to the word it came from. Nothing returns to ${word}.`;
     return `Every row returns to the word it came from: ${word} gets the output${plural} of expert${plural} ${listed(experts)}.`;
   }
-  if (!mine.length) return `No expert took ${word}: its output is zero, and the residual connection carries it past.`;
+  if (!mine.length) return `No expert took ${word}: its output is zero, and the residual connection carries it past the layer.`;
   return `${word} becomes ${mine.map((k, i) => `${fixed(gates[t][k])} × expert ${experts[i]}`).join(" + ")}.`;
 }
 
@@ -62,28 +62,28 @@ const ROW = { x: 138, width: 92, pitch: 28 };
 const EXPERT = { x: 270, width: 158, pitch: 84 };
 const HOME = { x: 468, width: 96 };
 const MIXED = { x: 602, width: 116 };
-const FAINT = 0.5; // of what is not followed
+const FAINT = 0.5; // opacity of words that are not followed
 
 const wordY = (t) => TOP + t * WORD.pitch + 12;
 const rowY = (r) => TOP + r * ROW.pitch + 2;
 const slotBox = (e, s) => ({ x: EXPERT.x + 2 + (s % 3) * 52, y: TOP + e * EXPERT.pitch + 30 + Math.floor(s / 3) * 22, width: 50, height: 20 });
 const homeY = (t, k) => TOP + t * WORD.pitch + 2 + k * 28;
 
-// A line between two columns: solid for a first choice, dashed for a second; strong where the word is followed.
+// A line between two columns: solid for a first choice, dashed for a second; strong if the word is followed.
 const path = (x1, y1, x2, y2, second, followed) =>
   h("path", {
     d: `M${x1},${y1}C${(x1 + x2) / 2},${y1} ${(x1 + x2) / 2},${y2} ${x2},${y2}`, class: "curve",
     "stroke-dasharray": second ? "5 4" : null, "stroke-opacity": followed ? 1 : FAINT, "stroke-width": followed ? 2.5 : 1.2,
   });
 
-// A small box on an expert's colour, framed where its word is followed.
+// A small box on an expert's colour, framed if its word is followed.
 const block = ({ x, y, width, height }, text, style, second, followed) =>
   h("g", {},
     colored({ x, y, width, height, rx: 3 }, style, second),
     followed && h("rect", { x: x - 1, y: y - 1, width: width + 2, height: height + 2, rx: 4, class: "curve", "stroke-dasharray": second ? "7 4" : null }),
     label(x + width / 2, y + height / 2 + 4.5, text, { size: 12, anchor: "middle", fill: style.ink }));
 
-// What found no room: hatched at its end, so that its text stays easy to read.
+// A choice without room: hatched at its end, so that its text stays easy to read.
 const hatched = ({ x, y, width, height }, text, followed) =>
   h("g", {},
     h("rect", { x: x + width - 26, y, width: 26, height, class: "dropped", "stroke-opacity": 0 }),
@@ -94,9 +94,9 @@ function draw(view, state, act, spec) {
   const { words, languages, expert } = spec.data;
   const style = (t, k) => spec.experts[expert[t][k]];
   const followed = (t) => words[t] === state.word;
-  const pairs = words.flatMap((_, t) => [[t, 0], [t, 1]]).sort(([a], [b]) => followed(a) - followed(b)); // the followed on top
+  const pairs = words.flatMap((_, t) => [[t, 0], [t, 1]]).sort(([a], [b]) => followed(a) - followed(b)); // the followed word on top
   const from = (step, nodes) => state.step >= step && nodes();
-  const titles = [["1 · words", WORD.x], ["2 · sorted rows", ROW.x], ["3 · experts", EXPERT.x], ["4 · home", HOME.x], ["5 · mixed", MIXED.x]];
+  const titles = [["1 · words", WORD.x], ["2 · sorted rows", ROW.x], ["3 · experts", EXPERT.x], ["4 · back", HOME.x], ["5 · mixed", MIXED.x]];
   return [
     hatching(),
     titles.map(([text, x], i) => label(x, 18, text, { size: 13, weight: i + 1 === state.step ? 700 : undefined, soft: i + 1 > state.step })),
@@ -137,13 +137,13 @@ function draw(view, state, act, spec) {
       const box = { x: HOME.x, y: homeY(t, k), width: HOME.width, height: 22 };
       if (state.step < 4) return h("rect", { ...box, rx: 3, class: "chip padding" });
       if (!view.kept[t][k]) return hatched(box, "no room", followed(t));
-      return block(box, `${style(t, k).label} of ${word}`, style(t, k), k, followed(t));
+      return block(box, `${style(t, k).label} for ${word}`, style(t, k), k, followed(t));
     })),
     words.map((word, t) => mixed(view, t, word, state.step >= 5, followed(t), (k) => style(t, k))),
   ];
 }
 
-// A word's output: a bar cut by its two gates.
+// A word's output: a bar divided by its two gates.
 function mixed(view, t, word, shown, followed, style) {
   const box = { x: MIXED.x, y: wordY(t), width: MIXED.width, height: 30 };
   if (!shown) return h("rect", { ...box, rx: 6, class: "chip padding" });

@@ -18,14 +18,14 @@ function compute(state, data) {
   return {
     shown: { row: short(names[row]), expert: String(expert) },
     rows: codes, shares, row, expert, words, scripts: scriptsOf(expert, shares, scripts), bits: found.bits,
-    sentence: `In ${title}, ${state.trained ? "trained" : "untrained"}, the chosen expert tells ${fixed(found.bits)} bits ` +
-      `about the language, above chance. ${names[row]} sends ${percent(share)} of its ${unit} first to expert ${expert}` +
+    sentence: `In ${title} (${state.trained ? "trained" : "untrained"}), the chosen expert tells you ${fixed(found.bits)} bits ` +
+      `about the language, above chance. For ${percent(share)} of the ${unit} in ${names[row]}, the first choice is expert ${expert}` +
       (words.length ? `, most often in ${listed(words.map(quoted))}.` : "."),
     met: [state.trained && share >= 0.6, found.bits < 0.1, state.trained && share < 0.0015],
   };
 }
 
-// Quotation marks that stay around a word where it is written from right to left.
+// Quotation marks that stay around a word even if it is written from right to left.
 const quoted = (word) => `“\u2068${word}\u2069”`;
 
 function scriptsOf(expert, shares, scripts) {
@@ -35,7 +35,7 @@ function scriptsOf(expert, shares, scripts) {
   return [...parts].sort((a, b) => b[1] - a[1]).map(([script, part]) => [script, whole ? part / whole : 0]);
 }
 
-// A name that fits beside the map.
+// A name short enough to fit next to the map.
 const short = (name) => name.replace(/ \(.*/, "").replace("Modern Standard ", "").replace("Western ", "");
 
 function draw(view, state, act, spec) {
@@ -50,7 +50,7 @@ function draw(view, state, act, spec) {
     label(side, 252 + i * 36, script, { size: 12 }),
     h("rect", { x: side, y: 258 + i * 36, width: 164 * part, height: 10, class: "cell" }),
     label(side + 164, 252 + i * 36, percent(part), { size: 12, anchor: "end" }));
-  // Beyond eight experts there is no room for mark and number side by side.
+  // With more than eight experts, there is no room for mark and number side by side.
   const tag = (e) => {
     const [x, style] = [left + e * width + 1, spec.experts[e]];
     const [mark, number] = style.label.split(" ");
@@ -69,14 +69,14 @@ function draw(view, state, act, spec) {
     }, cell(left + e * width + 0.5, top + g * height + 0.5, width - 1, height - 1, share / largest, undefined),
     share >= 0.1 && label(left + (e + 0.5) * width, top + g * height + 15, (100 * share).toFixed(0), { anchor: "middle", size: 11, mono: true })))),
     h("rect", { x: chosen.x, y: chosen.y, width, height, rx: 2, class: "curve", style: "stroke-width: 2.5" }),
-    label(left, spec.height - 4, `% of the language's tokens by first choice; numbers from 10; dotted: none; strongest blue: ${percent(largest)}`, { size: 12, soft: true }),
+    label(left, spec.height - 4, `% of the language's tokens, by first choice; number shown from 10 %; dotted: none; darkest blue: ${percent(largest)}`, { size: 12, soft: true }),
     label(side, 46, short(names[view.row]), { weight: 600 }),
     label(side, 64, `${percent(view.shares[view.row][view.expert], 1)} to expert ${view.expert}`, { size: 13 }),
     label(side, 90, "most often in", { size: 12, soft: true }),
     view.words.length ? view.words.map((word, i) => label(side, 112 + i * 22, word.length > 18 ? `${word.slice(0, 17)}…` : word, { size: 14 }))
-      : label(side, 112, "nothing", { soft: true }),
-    label(side, 208, `Who comes to expert ${view.expert}?`, { weight: 600, size: 13 }),
-    label(side, 226, "the largest scripts", { size: 12, soft: true }),
+      : label(side, 112, "no tokens", { soft: true }),
+    label(side, 208, `Scripts at expert ${view.expert}`, { weight: 600, size: 13 }),
+    label(side, 226, "largest shares first", { size: 12, soft: true }),
     view.scripts.slice(0, 4).map(([script, part], i) => bar(script, part, i)),
   ];
 }

@@ -12,7 +12,7 @@ function compute(state) {
     word, chosen: [first, 1 - first], gates,
     sentence: same
       ? `Expert 0 and expert 1 count the same for ${quoted}: ${fixed(gates[0])} each.`
-      : `${quoted} asks expert ${first} first. Its answer counts ${fixed(gates[first])}, and expert ${1 - first}’s counts ${fixed(gates[1 - first])}.`,
+      : `For ${quoted}, expert ${first} is the first choice, with gate ${fixed(gates[first])}; expert ${1 - first} is the second, with gate ${fixed(gates[1 - first])}.`,
     met: [first === 1, same, gates[0] >= 0.985 && scores[0] <= 1], // what is shown as 0.99
   };
 }
@@ -47,13 +47,13 @@ function draw(view, state, act, spec) {
   };
   const share = 720 * view.gates[0];
   return [
-    label(320, 16, "scores: drag me", { anchor: "middle", soft: true, size: 12 }),
+    label(320, 16, "scores: drag them", { anchor: "middle", soft: true, size: 12 }),
     chip(0, 76, 190, view.word),
     [view.chosen[1], view.chosen[0]].map(ways), // the first choice on top
     [0, 1].map(expert), // always in this order: a handle keeps pointer and focus when the choices change places
     [0, 1].map((e) => colored({ x: e ? share : 0, y: 192, width: 720 * view.gates[e], height: 20 }, spec.experts[e], view.chosen[1] === e)),
     [0, 1].map((e) => {
-      const text = `${fixed(view.gates[e])}${view.gates[e] > 0.34 ? ` × the answer of expert ${e}` : ""}`;
+      const text = `${fixed(view.gates[e])}${view.gates[e] > 0.34 ? ` × the output of expert ${e}` : ""}`;
       const middle = e ? (share + 720) / 2 : share / 2;
       return view.gates[e] > 0.06 && label(middle, 207, text, { anchor: "middle", size: 13, fill: spec.experts[e].ink });
     }),

@@ -1,8 +1,8 @@
 // The frame of every explorer, and the parts its picture is made of.
 //
 // An explorer is { compute(state, data) -> view, draw(view, state, act, spec) -> [node] }. Both are pure: `compute`
-// returns numbers, `view.sentence`, `view.met` and perhaps `view.shown` (a slider's value in words); `draw` returns nodes made with `h`. `act.set({field: value})`
-// changes the state. Nothing measures text, so a picture is the same on every machine.
+// returns numbers, `view.sentence`, `view.met` and perhaps `view.shown` (a text for a slider's value); `draw` returns
+// nodes made with `h`. `act.set({field: value})` changes the state. Nothing measures text, so a picture is the same on every machine.
 
 // ---- words and numbers, as moe_edu/explorers/wording.py
 
@@ -85,7 +85,7 @@ export const label = (x, y, text, { size = 14, anchor = "start", weight, soft, m
     class: `${fill ? "" : soft ? "soft" : "ink"}${mono ? " mono" : ""}`.trim() || null,
   }, text);
 
-// A word as a chip of `width`, its language code behind it. Options: language, padding, dropped.
+// A word as a chip of `width`, followed by its language code. Options: language, padding, dropped.
 export const chip = (x, y, width, word, { language, padding, dropped } = {}) =>
   h("g", { transform: `translate(${x},${y})` },
     h("rect", { width, height: 30, rx: 6, class: `chip${padding ? " padding" : ""}${dropped ? " dropped" : ""}` }),
@@ -114,8 +114,8 @@ export const cell = (x, y, width, height, share, text) =>
 export const colored = ({ x, y, width, height, rx = 0 }, style, second) =>
   h("g", {},
     h("rect", { x, y, width, height, rx, fill: style.color, class: "tag" }),
-    second && h("rect", { x: x + 1.5, y: y + 1.5, width: Math.max(width - 3, 0), height: height - 3, rx: Math.max(rx - 1, 0),
-      fill: "none", stroke: style.ink, "stroke-dasharray": "4 3" }));
+    second ? h("rect", { x: x + 1.5, y: y + 1.5, width: Math.max(width - 3, 0), height: height - 3, rx: Math.max(rx - 1, 0),
+      fill: "none", stroke: style.ink, "stroke-dasharray": "4 3" }) : null);
 
 // The frame of a choice: the first solid, the second dashed, in the colour of its expert over a line that shows on any page.
 export const choiceFrame = (x, y, width, height, style, second) =>
@@ -124,7 +124,7 @@ export const choiceFrame = (x, y, width, height, style, second) =>
     h("rect", { x, y, width, height, rx: 3, fill: "none", stroke: style.color, "stroke-width": 3,
       "stroke-dasharray": second ? "6 5" : null }));
 
-// A number to move: by dragging (up and right are more), by arrow keys, Page Up and Down, Home and End.
+// A number to change: by dragging (up or right increases it), by arrow keys, Page Up and Down, Home and End.
 // `children` is what is drawn there; `name` and `text` are read out.
 export function handle({ x, y, width, height, name, text, value, low, high, step, onChange }, ...children) {
   const settle = (next) => {
@@ -160,7 +160,7 @@ export function handle({ x, y, width, height, name, text, value, low, high, step
   }, h("rect", { x, y, width, height, rx: 3, class: "grip" }), children);
 }
 
-// Something to press, by mouse, Enter or space. `name` is read out. `tabindex` -1 where other controls reach it, too.
+// Something to press, by mouse, Enter or space. `name` is read out. `tabindex` is -1 if other controls reach the same value.
 export const button = ({ x, y, width, height, name, pressed, onPress, tabindex = 0 }, ...children) =>
   h("g", {
     role: "button", tabindex, class: "handle press", "data-lm-suppress-shortcuts": "true", "aria-label": name,
@@ -214,7 +214,7 @@ text { font-family: var(--jp-content-font-family, system-ui, sans-serif); font-v
 .handle:hover .grip { stroke: var(--moe-ink); } .handle:focus { outline: none; }
 .handle:focus-visible .grip { stroke: var(--moe-ink); stroke-width: 2.5; }`;
 
-// `shown` says a slider's value in other words than its number.
+// `shown` is a text for a slider's value in place of its number.
 function control(field, value, shown, onInput) {
   const common = { "data-lm-suppress-shortcuts": "true", "data-field": field.name };
   if (field.kind === "Slider") {
@@ -238,7 +238,7 @@ function control(field, value, shown, onInput) {
     oninput: (event) => onInput(event.target.value) }));
 }
 
-// Puts an explorer into `root`; returns a function that replaces its state. `onState` hears of every change made here.
+// Puts an explorer into `root`; returns a function that replaces its state. `onState` is called after every change made here.
 export function mount(root, explorer, spec, initial, onState = () => {}) {
   let state = structuredClone(initial);
   let met = spec.challenges.map(() => false);
@@ -274,7 +274,7 @@ export function mount(root, explorer, spec, initial, onState = () => {}) {
       h("ul", { "aria-label": "Challenges" },
         spec.challenges.map((text, i) => h("li", { class: met[i] ? "met" : null }, `${met[i] ? "✓ met:" : "○"} ${text}`))),
     ]);
-    // Values are properties, not attributes: set them only where they differ, so that typing is not disturbed.
+    // Values are properties, not attributes: set them only if they differ, so that typing is not disturbed.
     for (const input of frame.querySelectorAll("[data-field]")) {
       const value = state[input.dataset.field];
       if (input.type === "checkbox") input.checked = value;
@@ -286,7 +286,7 @@ export function mount(root, explorer, spec, initial, onState = () => {}) {
     svg.setAttribute("role", "group");
     svg.setAttribute("aria-label", `Picture: ${spec.title}`);
     patch(svg, explorer.draw(view, state, { set: change }, spec), true);
-    // An id of its own: the first pattern of the document may be another explorer's, in a tab that is hidden.
+    // A unique id: the first pattern of the document may be another explorer's, in a hidden tab.
     const pattern = svg.querySelector("pattern");
     if (pattern) {
       pattern.id = hatch;
@@ -301,7 +301,7 @@ export function mount(root, explorer, spec, initial, onState = () => {}) {
   };
 }
 
-// The stage as a picture of its own, dark on white, for pages that run no scripts.
+// The stage as a separate picture, dark on white, for pages that run no scripts.
 export function snapshot(svg) {
   const copy = svg.cloneNode(true);
   for (const element of [copy, ...copy.querySelectorAll("*")]) {

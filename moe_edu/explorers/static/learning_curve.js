@@ -19,7 +19,7 @@ function compute(state, data) {
     point: place, snapshot: looked, loss: point.loss, chrf, load, left_behind: behind, right,
     sentence: `Step ${state.step}: the loss is ${fixed(point.loss)}; ${quality}. ` +
       `Expert ${busiest} is the first choice of ${percent(load[busiest])} of the tokens; ` +
-      `${percent(behind, 1)} of them find room in no expert.`,
+      `${percent(behind, 1)} of all tokens find no room in any expert.`,
     met: [
       point.loss < 2.5 && chrf !== null && chrf < 10,
       many > 0 && !rightAt(run, looked - 1, data.phrases).some(Boolean),
@@ -55,7 +55,7 @@ function draw(view, state, act, spec) {
   const { data } = spec;
   const run = data.runs[state.weight];
   const snapshot = view.snapshot >= 0 ? run.snapshots[view.snapshot] : null;
-  const [panel, bars, scale] = [392, 488, 420]; // half of the tokens are 210 wide
+  const [panel, bars, scale] = [392, 488, 420]; // half of the tokens make a bar 210 wide
   return [
     chart(24, "loss per target token", 8, (r) => r.points.map((p) => [p.step, p.loss]), state, data, view.loss),
     chart(158, "chrF++ on validation sentences", 100, (r) => r.snapshots.map((s) => [s.step, s.chrf]), state, data, view.chrf),

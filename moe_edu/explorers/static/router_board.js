@@ -26,8 +26,8 @@ function compute(state, data) {
   const top = Math.max(...routed[surest].probs);
   return {
     probs: routed.map((word) => word.probs), chosen, gates, load,
-    sentence: `The router is surest of “${data.words[surest]}”: expert ${chosen[surest][0]} has probability ${fixed(top)}. ` +
-      (idle.length ? `Nobody chooses expert ${listed(idle)}.` : "Every expert is chosen by somebody.") +
+    sentence: `The router is most confident about “${data.words[surest]}”: expert ${chosen[surest][0]} has probability ${fixed(top)}. ` +
+      (idle.length ? `No word chooses expert${idle.length > 1 ? "s" : ""} ${listed(idle)}.` : "Every expert is chosen by some word.") +
       (Number(state.choices) === 2 && alone ? ` ${count(alone, "word")} ${alone === 1 ? "has" : "have"} no second expert.` : ""),
     met: [
       chosen[cat][0] !== chosen[chat][0],
@@ -51,7 +51,7 @@ function draw(view, state, act, spec) {
       const box = place(t, e);
       const rank = view.chosen[t].indexOf(e);
       return handle({
-        ...box, name: `logit of ${word} for expert ${e}`, value: state.logits[t][e], low: -3, high: 5, step: 0.1,
+        ...box, name: `logit of “${word}” for expert ${e}`, value: state.logits[t][e], low: -3, high: 5, step: 0.1,
         text: `${fixed(state.logits[t][e], 1)}, probability ${fixed(probability)}`,
         onChange: (value) => act.set({ logits: moved(t, e, value) }),
       },

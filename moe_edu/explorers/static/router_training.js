@@ -1,6 +1,6 @@
 import { argmax, cell, chip, choiceFrame, expertTag, fixed, h, label, range, sum, zeros } from "./kit.js";
 
-// Rounded after each step, so that Python, whose exp differs in the last digit, stays on the same path for ever.
+// Rounded after each step, so that Python, whose exp differs in the last digit, follows exactly the same path.
 const rounded = (value) => Math.round(value * 1e8) / 1e8;
 const dot = (a, b) => sum(a.map((value, i) => value * b[i]));
 
@@ -55,8 +55,8 @@ function compute(state, data) {
   return {
     expert: last.expert, probs: last.probs, load: history.map((at) => at.load), error: history.map((at) => at.error),
     balance: history.map((at) => at.balance), z: history.map((at) => at.z), alive,
-    sentence: `${who} In step ${data.steps} the error is ${fixed(last.error)}, the balancing loss ` +
-      `${fixed(last.balance)}, the z-loss ${fixed(last.z)}.`,
+    sentence: `${who} At step ${data.steps}, the error is ${fixed(last.error)}, the balancing loss ` +
+      `${fixed(last.balance)} and the z-loss ${fixed(last.z)}.`,
     met: [state.shared >= 1 && alive === E, state.balance === 0 && alive >= 2, last.z < 0.2 && alive === E],
   };
 }
@@ -111,7 +111,7 @@ function shares(load, y, height, steps, styles) {
   ];
 }
 
-// One loss over the steps, from 0 to its largest value, which is written at the axis; its last value stands at the end.
+// One loss over the steps, from 0 to its largest value, which is written at the axis; its last value is written at the end.
 function curve(name, values, y, height, steps) {
   const largest = Math.max(...values);
   const corners = points(values).map(([i, value]) => [across(i, steps), y + height * (1 - value / largest)]);

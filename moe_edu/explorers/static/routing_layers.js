@@ -14,10 +14,10 @@ function compute(state, data) {
   return {
     shown: { token: tokens[token] },
     token, path, twins, parts, groups,
-    sentence: `“${tokens[token]}” chooses first the experts ${listed(path.map(String))} of layers 1, 2, 3 and 4.` +
-      (twins.length === 0 ? "" : parts ? ` The same token stands elsewhere, too: they part in layer ${parts}.`
-        : " The same token stands elsewhere, too, and goes the same way.") +
-      ` In layer ${layer + 1} expert ${busiest} is the first choice of ${sizes[busiest]} of ${tokens.length} tokens.`,
+    sentence: `In layers 1 to 4, the first choices of “${tokens[token]}” are experts ${listed(path.map(String))}.` +
+      (twins.length === 0 ? "" : parts ? ` The same token also occurs elsewhere, and first chooses differently in layer ${parts}.`
+        : " The same token also occurs elsewhere, and chooses the same experts.") +
+      ` In layer ${layer + 1}, expert ${busiest} is the first choice of ${sizes[busiest]} of ${tokens.length} tokens.`,
     met: [
       state.model === "trained" && parts === 4,
       state.model === "untrained" && parts === 1,
@@ -75,13 +75,13 @@ function draw(view, state, act, spec) {
       const lines = wrapped(group.map((t) => sentence.tokens[t]), 20);
       return [
         expertTag(panel, y, 46, spec.experts[e]),
-        group.length === 0 && label(panel + 56, y + 17, "nobody", { soft: true, size: 12 }),
+        group.length === 0 && label(panel + 56, y + 17, "no tokens", { soft: true, size: 12 }),
         group.length > 0 && lines.slice(0, 2).map((line, i) =>
           label(panel + 56, y + (lines.length > 1 ? 9 : 17) + 15 * i, i === 1 && lines.length > 2 ? `${line} …` : line, { size: 12 })),
       ];
     }),
-    label(2, 412, "bar: gates of first and second choice (dashed); =: same token; ▁: a space before", { size: 12, soft: true }),
-    label(panel, 412, "each layer has experts of its own", { size: 12, soft: true }),
+    label(2, 412, "bar: gates of first and second (dashed) choice; =: same token; ▁: space before", { size: 12, soft: true }),
+    label(panel, 412, "each layer has its own experts", { size: 12, soft: true }),
   ];
 }
 

@@ -29,9 +29,9 @@ function compute(state, data) {
   const chosen = range(E).filter((e) => routed.some((word) => word.chosen.includes(e)));
   const ran = range(E).filter((e) => rows[e]);
   const tests = [true, true, true, true, `${chosen}` === `${ran}`, wrong === 0];
-  const work = published ? `Experts 0 and 1 ran, on ${rows[0]} and ${rows[1]} rows` : `They ran, on ${sum(rows)} rows`;
-  const outcome = wrong ? `${wrong} of ${data.words.length} words ${wrong === 1 ? "comes" : "come"} out wrong`
-    : `every word comes out right${published ? " all the same" : ""}`;
+  const work = published ? `Experts 0 and 1 ran, on ${rows[0]} and ${rows[1]} rows` : `They ran on ${sum(rows)} rows`;
+  const outcome = wrong ? `${wrong} of ${data.words.length} words ${wrong === 1 ? "is" : "are"} wrong`
+    : `every word is right${published ? " anyway" : ""}`;
   return {
     chosen: routed.map((word) => word.chosen), gates: routed.map((word) => word.gates), weights, rows, errors, tests,
     sentence: `The router chose ${count(chosen.length, "expert")}: ${listed(chosen.map(String))}. ${work}: ${outcome}.`,
