@@ -14,7 +14,7 @@ from moe_edu.figures.theme import expert_style
 from moe_edu.moe.routing import RouterOutput
 
 _MAX_TRANSLATION_CHARS = 80
-# A number, perhaps with a sign, a margin or an end of its range, and a unit; or a dash or nothing in its place.
+# A number, optionally with a sign, a margin or the end of a range, and a unit; or a dash, or nothing.
 _QUANTITY = re.compile(
     r"([x~+−-]\s?)?\d+([.,]\d+)*(\s?(±|to)\s?\d+([.,]\d+)*)?(\s?(%|×|[A-Za-z]{1,5}))?|[-–−]?"
 )
@@ -28,10 +28,10 @@ class Snapshot(NamedTuple):
 
 
 def table_html(header: Sequence[str], rows: Iterable[Sequence[str | int]], caption: str = "") -> str:
-    """A table; columns of numbers are set to the right, whole numbers with thousands separated.
+    """A table; columns of numbers are right-aligned, and whole numbers have thousands separators.
 
     Raises:
-        ValueError: a row that has not one cell for each column of the header.
+        ValueError: a row does not have one cell for each column of the header.
     """
     rows = list(rows)
     for number, row in enumerate(rows, start=1):
@@ -52,7 +52,7 @@ def table_html(header: Sequence[str], rows: Iterable[Sequence[str | int]], capti
 
 
 def snapshots_html(sources: Sequence[str], references: Sequence[str], snapshots: Sequence[Snapshot]) -> str:
-    """Phrases side by side, one row a snapshot: how their translations changed; a right one has a tick."""
+    """Phrases side by side, one row per snapshot: how their translations changed, with a tick at each right one."""
 
     def cell(translation: str, reference: str) -> str:
         if translation == reference:
@@ -69,7 +69,7 @@ def snapshots_html(sources: Sequence[str], references: Sequence[str], snapshots:
     goal = "".join(f"<th>{escape(reference)}</th>" for reference in references)
     return (
         f'<div class="moe"><table class="moe-table"><thead><tr><th class="moe-num">step</th>{head}</tr></thead>'
-        f'<tbody>{body}<tr><th class="moe-num">human</th>{goal}</tr></tbody></table></div>'
+        f'<tbody>{body}<tr><th class="moe-num">reference</th>{goal}</tr></tbody></table></div>'
     )
 
 
@@ -88,7 +88,7 @@ def routing_html(tokens: Sequence[str], routing: RouterOutput, *, line: int | No
     Args:
         tokens: the T tokens that were routed.
         routing: of those tokens.
-        line: tokens a line, for a batch of sentences of equal length; None for a single sentence.
+        line: tokens per line, for a batch of sentences of equal length; None for a single sentence.
 
     Raises:
         ValueError: the tokens are not those of `routing`.
@@ -105,7 +105,7 @@ def describe_routing(tokens: Sequence[str], routing: RouterOutput) -> str:
     """What `routing_html` shows, in a sentence or two."""
     made = {i: choices for i, choices in enumerate(_choices(routing)) if choices}
     if not made:
-        return "Padding chooses nobody."
+        return "Padding chooses no expert."
     firsts = [first.expert for first, *_ in made.values()]
     most = max(map(firsts.count, firsts))
     busiest = [expert_style(expert).label for expert in dict.fromkeys(firsts) if firsts.count(expert) == most]
@@ -114,9 +114,10 @@ def describe_routing(tokens: Sequence[str], routing: RouterOutput) -> str:
         if len(busiest) == 1
         else f"Experts {', '.join(busiest[:-1])} and {busiest[-1]} are each"
     )
+    used = len(set(firsts))
     sentence = (
         f"{who} the first choice of {most} of {len(made)} tokens; "
-        f"{len(set(firsts))} of {routing.num_experts} experts are someone's first choice."
+        f"{used} of {routing.num_experts} experts {'is' if used == 1 else 'are'} the first choice of some token."
     )
     kept = [choice.kept for choices in made.values() for choice in choices]
     if all(kept):
@@ -127,8 +128,10 @@ def describe_routing(tokens: Sequence[str], routing: RouterOutput) -> str:
         if left_behind
         else ", but no token loses both."
     )
-    places = f"{routing.capacity} place{'s' if routing.capacity != 1 else ''}"
-    return f"{sentence} With {places} in each expert {kept.count(False)} of {len(kept)} choices find no room{ending}"
+    slots = f"{routing.capacity} slot{'s' if routing.capacity != 1 else ''}"
+    lost = kept.count(False)
+    finds = "finds" if lost == 1 else "find"
+    return f"{sentence} With {slots} per expert, {lost} of {len(kept)} choices {finds} no room{ending}"
 
 
 class _Choice(NamedTuple):
@@ -138,7 +141,7 @@ class _Choice(NamedTuple):
 
 
 def _choices(routing: RouterOutput) -> list[tuple[_Choice, ...]]:
-    """The choices that each token made, the first one first."""
+    """The choices of each token, first choice first."""
     columns = (routing.expert_index, routing.combine_weights, routing.kept)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return [tuple(_Choice(*choice) for choice in zip(*row, strict=True) if choice[0] >= 0) for row in rows]
@@ -157,7 +160,7 @@ def _plain_chip(token: str, border: str = "solid") -> str:
 
 
 def _chip(token: str, first: _Choice | None = None, second: _Choice | None = None) -> str:
-    if first is None:  # padding chooses nobody
+    if first is None:  # padding chooses no expert
         return _plain_chip(token, "dotted")
     lines = [_token(token), _gate(first)]
     if not first.kept and (second is None or not second.kept):
@@ -191,12 +194,12 @@ def _isolated_text(token: str) -> str:
 
 
 def _isolated_html(text: str) -> str:
-    """Escaped text of any script, in its own direction, that does not turn its surroundings around."""
+    """Escaped text of any script, in its own direction, without changing the direction of its surroundings."""
     return f'<bdi dir="auto">{escape(text)}</bdi>'
 
 
 def _shortened(text: str) -> str:
-    """A model that stutters fills whole pages."""
+    """The text, cut if it is long: a model that stutters fills whole pages."""
     return text if len(text) <= _MAX_TRANSLATION_CHARS else text[: _MAX_TRANSLATION_CHARS - 1] + "…"
 
 
@@ -205,5 +208,5 @@ def _cell(value: str | int) -> str:
 
 
 def _is_number(value: str | int) -> bool:
-    """Whether a cell holds one quantity: 7, "0.71 ± 0.02", "−3 %", "12 to 14 ms"; or nothing in its place."""
+    """Whether a cell holds one quantity: 7, "0.71 ± 0.02", "−3 %", "12 to 14 ms"; or a dash, or nothing."""
     return isinstance(value, int) or _QUANTITY.fullmatch(value) is not None

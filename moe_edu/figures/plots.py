@@ -1,7 +1,7 @@
 """Numbers to pictures: pure functions that return a Plotly figure.
 
 Every piece of text that comes from data is escaped. A figure carries a sentence that says what it shows, in
-`layout.meta["description"]`, for readers who do not see it.
+`layout.meta["description"]`, for readers who cannot see it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from plotly.subplots import make_subplots
 
 from moe_edu.figures.theme import expert_style
 
-# Shown only where the style sheet is not: dark enough on white, light enough on black.
+# Used only without the style sheet: dark enough on white, light enough on black.
 _FALLBACK_INK = "#767676"
 _FALLBACK_GRID = "rgba(128,128,128,0.25)"
 # A thinner band has no room for its label.
 _MIN_LABELLED_HEIGHT = 0.06
 _MIN_LABELLED_WIDTH = 0.04
-_BAND = "rgba(59,142,208,0.1)"  # of a map with height lines
+_BAND = "rgba(59,142,208,0.1)"  # of a contour map
 _LABEL_HEIGHT = 0.07  # of a line of text, as a share of a sweep's axis
 
 
@@ -99,7 +99,7 @@ def describe_history(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def load_figure(loads: Mapping[str, Sequence[float]]) -> go.Figure:
-    """One bar a run, cut into the shares (0 to 1) of the first choices that its experts received."""
+    """One bar per run, divided into the shares (0 to 1) of the first choices that its experts received."""
     names = list(loads)
     fig = go.Figure()
     for expert, shares in enumerate(zip(*loads.values(), strict=True)):
@@ -130,7 +130,7 @@ def load_figure(loads: Mapping[str, Sequence[float]]) -> go.Figure:
 def drop_rate_figure(
     rates: Sequence[Sequence[float]], factors: Sequence[float], skews: Sequence[float]
 ) -> go.Figure:
-    """The drop-rate surface as a map with height lines: the share of the tokens that no expert takes.
+    """The drop-rate surface as a contour map: the share of the tokens that no expert takes.
 
     Args:
         rates: shares from 0 to 1, one row per skew and one column per capacity factor, as
@@ -143,11 +143,11 @@ def drop_rate_figure(
             x=list(factors),
             y=list(skews),
             z=[[round(rate, 3) for rate in row] for row in rates],
-            # Plotly lays its bands over each other: each adds a little.
+            # Plotly draws its bands on top of each other: each adds a little colour.
             colorscale=[[0, "rgba(59,142,208,0)"], [0.05, _BAND], [1, _BAND]],
             contours={"start": 0.1, "end": 0.9, "size": 0.1, "showlabels": True, "labelformat": ".0%"},
             line={"color": _FALLBACK_INK, "width": 1},
-            showscale=False,  # the lines carry their heights
+            showscale=False,  # the lines are labelled
             hovertemplate="factor %{x}, skew %{y}: %{z:.1%} dropped<extra></extra>",
         )
     )
@@ -187,7 +187,7 @@ def drop_rate_figure(
 
 
 def score_figure(scores: Mapping[str, float]) -> go.Figure:
-    """One dot a name on a scale from 0 to 100, the best on top."""
+    """One dot per name on a scale from 0 to 100, the best on top."""
     ranked = sorted(scores.items(), key=lambda item: item[1], reverse=True)
     values = [round(value, 1) for _, value in ranked]
     fig = go.Figure(
@@ -195,7 +195,7 @@ def score_figure(scores: Mapping[str, float]) -> go.Figure:
             x=values,
             y=[name for name, _ in ranked],
             mode="markers+text",
-            # A space first, so that dot and number stay two things.
+            # A leading space separates the number from the dot.
             text=[f"\u2002{value:.0f}" for value in values],
             textposition="middle right",
             textfont_size=11,
@@ -216,7 +216,7 @@ def sweep_figure(
     """A dot for every run and a line through the means, on a logarithmic horizontal axis.
 
     Args:
-        lines: name -> setting -> one value a seed, as `{"recall": {1: [0.5, 0.52], 8: [0.6, 0.61]}}`.
+        lines: name -> setting -> one value per seed, such as `{"recall": {1: [0.5, 0.52], 8: [0.6, 0.61]}}`.
         x_title, y_title: of the axes.
         top: where the vertical axis, which begins at 0, ends.
     """
@@ -257,12 +257,12 @@ def sweep_figure(
         title_text=x_title,
         showgrid=False,
     )
-    fig.update_yaxes(range=[-0.02 * top, 1.02 * top], title_text=y_title)  # with a line at both ends
+    fig.update_yaxes(range=[-0.02 * top, 1.02 * top], title_text=y_title)  # with a grid line at both ends
     return _described(fig, "; ".join(ends) + ".")
 
 
 def spread_apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """The same heights, each raised as far as it must be to stand `gap` above the one below."""
+    """The same heights, each raised as far as needed to be `gap` above the one below."""
     placed: dict[str, float] = {}
     lowest = -math.inf
     for name in sorted(heights, key=lambda name: heights[name]):
@@ -274,11 +274,11 @@ def spread_apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
 def dots_figure(
     runs: Mapping[str, Sequence[float]], x_title: str, *, digits: int = 2, from_zero: bool = True
 ) -> go.Figure:
-    """A row a name, a dot for every run, a bar at the mean with its number; in the order given.
+    """A row per name, with a dot per run and a labelled bar at the mean; in the order given.
 
     Args:
         digits: decimals of the means.
-        from_zero: begin the axis at 0; otherwise it holds the dots alone.
+        from_zero: begin the axis at 0; otherwise it covers only the dots.
     """
     fig = go.Figure()
     means = {name: fmean(values) for name, values in runs.items()}
@@ -306,9 +306,6 @@ def dots_figure(
     return _described(fig, "; ".join(f"{name}: {mean:.{digits}f}" for name, mean in means.items()) + ".")
 
 
-# Inline, for JupyterLab drops the style sheet of a notebook that it was not told to trust.
-
-
 def _label_bands(fig: go.Figure, shares: Sequence[float]) -> None:
     """Name each expert at the right end of its band."""
     bottom = 0.0
@@ -328,7 +325,7 @@ def _label_bands(fig: go.Figure, shares: Sequence[float]) -> None:
 
 
 def _set_layout(fig: go.Figure, height: int, margin: Mapping[str, int]) -> None:
-    """What all our figures share: no template (1 KB instead of 7), a transparent ground, thin axes."""
+    """What all our figures share: no template (1 KB instead of 7), a transparent background, thin axes."""
     fig.update_layout(
         template="none",
         height=height,

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from moe_edu.figures.theme import expert_style
 
-# Inline, for JupyterLab drops the style sheet of a notebook that it was not told to trust.
+# Inline, because JupyterLab drops the style sheet of a notebook that is not trusted.
 _NAME = "text-align: right; padding: 0 10px"
 _CELL = "width: 40px; height: 26px; text-align: center; padding: 0; font-size: 12px"
 
 
 def slots_html(words: Sequence[str], tensor: Tensor) -> str:
-    """A `[T, E, C]` tensor as one matrix: a row a word, a block of C columns an expert; zeros are faint dots.
+    """A `[T, E, C]` tensor as one matrix: a row per word, a block of C columns per expert; zeros are faint dots.
 
     Raises:
-        ValueError: `words` are not as many as the tensor's tokens.
+        ValueError: the number of `words` is not the tensor's number of tokens.
     """
     T, E, C = tensor.shape
     if len(words) != T:

@@ -1,8 +1,8 @@
 """One visual language: what an expert looks like, and the style sheet of every picture in a notebook.
 
 An expert is a number, a colour and a mark, the same in every picture. Colours are Okabe and Ito's, which colour-blind
-readers can tell apart (https://jfly.uni-koeln.de/color/), with grey in the place of black so that they show on light
-and on dark pages. Text and lines take their colour from the page: from JupyterLab's variables, elsewhere from the text
+readers can tell apart (https://jfly.uni-koeln.de/color/), with grey instead of black so that they show on light and
+on dark pages. Text and lines take their colour from the page: from JupyterLab's variables, elsewhere from the text
 around them.
 """
 
@@ -30,7 +30,7 @@ class ExpertStyle(NamedTuple):
 
 
 def expert_style(expert: int) -> ExpertStyle:
-    """The look of expert number `expert`; beyond eight the colours repeat and the marks change."""
+    """The look of expert number `expert`; beyond eight, the colours repeat and the marks change."""
     turn, place = divmod(expert, len(EXPERT_COLORS))
     color = EXPERT_COLORS[place]
     marks = _MARKS if turn % 2 == 0 else _OPEN_MARKS
@@ -51,8 +51,8 @@ def _luminance(color: str) -> float:
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-# Plotly writes its colours into each element, so the page's have to be stronger (!important). The arrow of a dropdown
-# is black in ipywidgets, on any page.
+# Plotly writes its colours into each element, so the page's colours need !important. The arrow of a dropdown is black
+# in ipywidgets, on any page.
 STYLE_SHEET = """
 [data-jp-theme-light="false"] { --jp-widgets-dropdown-arrow: url("data:image/svg+xml,%3Csvg \
 xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath fill='%23e0e0e0' \

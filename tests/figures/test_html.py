@@ -145,9 +145,12 @@ class TestRouting:
         # Both tokens want expert 0, then expert 1; each has one place.
         routing = top2_gating(torch.tensor([[2.0, 1.0, 0.0]] * 2), capacity=1)
         sentence = describe_routing(["chat", "dort"], routing)
-        assert "is the first choice of 2 of 2 tokens; 1 of 3 experts are someone's first choice" in sentence
         assert (
-            "With 1 place in each expert 2 of 4 choices find no room; no expert takes \u2068dort\u2069."
+            "is the first choice of 2 of 2 tokens; 1 of 3 experts is the first choice of some token"
+            in sentence
+        )
+        assert (
+            "With 1 slot per expert, 2 of 4 choices find no room; no expert takes \u2068dort\u2069."
             in sentence
         )
 
@@ -158,7 +161,7 @@ class TestRouting:
         # Both prefer expert 0, and their second choices differ.
         routing = top2_gating(torch.tensor([[3.0, 2.0, 0.0], [3.0, 0.0, 2.0]]), capacity=1)
         assert describe_routing(["a", "b"], routing).endswith(
-            "1 of 4 choices find no room, but no token loses both."
+            "1 of 4 choices finds no room, but no token loses both."
         )
 
     def test_padding_is_not_counted(self):
@@ -166,7 +169,7 @@ class TestRouting:
         padded = top2_gating(logits, capacity=2, padding=torch.tensor([False, False, True]))
         assert "first choice of 2 of 2 tokens" in describe_routing(["a", "b", "<pad>"], padded)
         nothing = top2_gating(logits, capacity=2, padding=torch.tensor([True] * 3))
-        assert describe_routing(["<pad>"] * 3, nothing) == "Padding chooses nobody."
+        assert describe_routing(["<pad>"] * 3, nothing) == "Padding chooses no expert."
 
     def test_the_busiest_is_the_busiest(self):
         tokens = [str(i) for i in range(6)]
