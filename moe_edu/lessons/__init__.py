@@ -1,4 +1,4 @@
-"""What the notebooks need beyond the package: their start, their parameters, live pictures, the box to translate in."""
+"""What the notebooks need beyond the package: their start, their parameters, live pictures, the translation box."""
 
 from moe_edu.system.requirements import require_all
 

@@ -19,7 +19,7 @@ FIRST_LESSON = "notebooks/00_start_here.ipynb"
 BRANCH = "main"
 
 _NAME = r"([\w.-]+/[\w.-]*\w)"  # owner/repository
-# What only this project's own lines hold; each has one group, the repository's name.
+# Forms that occur only in this project's own lines; each has one group, the repository's name.
 _OWN = (
     re.compile(rf"https://colab\.research\.google\.com/github/{_NAME}"),
     re.compile(rf"https://mybinder\.org/v2/gh/{_NAME}"),
@@ -30,7 +30,7 @@ _BADGE = re.compile(r"(\[!\[Open in (Colab|Binder)\]\([^)]*\)\])\([^)]*\)")
 
 
 class StaleLine(NamedTuple):
-    """A line that does not hold the repository's address; `file` relative to the root, `number` from 1."""
+    """A line that does not contain the repository's address; `file` relative to the root, `number` from 1."""
 
     file: str
     number: int
@@ -39,16 +39,16 @@ class StaleLine(NamedTuple):
 
 
 def read_name(pyproject: str) -> str:
-    """The repository's "owner/name" out of the text of pyproject.toml.
+    """The repository's "owner/name", from the text of pyproject.toml.
 
     Raises:
-        ValueError: the address is none of GitHub, where alone Colab and Binder look with these links.
+        ValueError: the address is not on GitHub, the only place where these Colab and Binder links look.
     """
     address = tomllib.loads(pyproject)["project"]["urls"]["Repository"]
     match = re.fullmatch(rf"https://github\.com/{_NAME}", address)
     if match is None:
         raise ValueError(
-            f"[project.urls] Repository in pyproject.toml is {address!r}; it has to read https://github.com/OWNER/NAME"
+            f"[project.urls] Repository in pyproject.toml is {address!r}; it must be https://github.com/OWNER/NAME"
         )
     return match[1]
 
@@ -61,7 +61,7 @@ def badge_link(service: str, name: str, notebook: str) -> str:
 
 
 def names_in(texts: Iterable[str], name: str) -> set[str]:
-    """Every "owner/name" that this project's own lines hold, stale or not, and who else has a repository so called."""
+    """Every "owner/name" in this project's own lines, stale or not, and every other repository with the same name."""
     namesake = re.compile(rf"https://github\.com/([\w.-]+/{re.escape(name.split('/')[1])})(?![\w.-])")
     return {match[1] for text in texts for form in (*_OWN, namesake) for match in form.finditer(text)}
 
@@ -70,13 +70,13 @@ def rewrite(text: str, name: str, former: Iterable[str] = (), notebook: str = FI
     """`text` with every badge opening `notebook`, and every link to a `former` repository leading to `name`."""
     text = _BADGE.sub(lambda badge: f"{badge[1]}({badge_link(badge[2], name, notebook)})", text)
     for old in sorted(set(former) - {name}):
-        # The name ends here, and not one letter further on: moe_edu is not moe_edu_site.
+        # The name must end here: moe_edu is not moe_edu_site.
         text = re.sub(rf"(?<=[/:]){re.escape(old)}(?![\w-]|\.\w)", name, text)
     return text
 
 
 def project_texts(root: Path) -> dict[str, str]:
-    """The text of each file that may hold the address, by its path from `root`."""
+    """The text of each file that may contain the address, by its path from `root`."""
     paths = sorted(path for pattern in FILES for path in root.glob(pattern))
     return {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in paths}
 
@@ -103,7 +103,7 @@ def stale_lines(texts: dict[str, str], name: str) -> list[StaleLine]:
 
 
 @click.command(help=__doc__)
-@click.option("--check", is_flag=True, help="Change nothing; fail where a line is stale.")
+@click.option("--check", is_flag=True, help="Change nothing; fail if a line is stale.")
 @click.option(
     "--root",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -127,7 +127,7 @@ def main(check: bool, root: Path) -> None:
     for file, text in renewed(texts, name).items():
         if text != texts[file]:
             (root / file).write_text(text, encoding="utf-8", newline="\n")
-    click.echo(f"{len(texts)} files lead to https://github.com/{name}")
+    click.echo(f"{len(texts)} files link to https://github.com/{name}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Run notebooks from top to bottom and save them as they ship: `python -m moe_edu.lessons.execute notebooks/*.ipynb`.
 
-The lesson's exercises are put in first, from `moe_edu/exercises/`. What would only be dead weight in a saved notebook
-is left out: widget state, and widget views, which without a kernel say "model not found" where their text says what
-to do. Prints the time and the peak memory of each; `--check` only measures, and saves nothing.
+The lesson's exercises are put in first, from `moe_edu/exercises/`. Widget state and widget views are left out of the
+saved notebook: without a kernel they only say "model not found", while their text says what to do. Prints the time and
+the peak memory of each; `--check` only measures, and saves nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moe_edu.lessons.notebook import WIDGET_VIEW
 
 
 class Cost(NamedTuple):
-    """What a run took: seconds from the first cell to the last, and the kernel's peak memory in MB (10^6 bytes)."""
+    """What a run needed: seconds from the first cell to the last, and the kernel's peak memory in MB (10^6 bytes)."""
 
     seconds: float
     peak_mb: float | None

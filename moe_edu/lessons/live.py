@@ -1,4 +1,4 @@
-"""Training, watched: a picture and a table that follow a run."""
+"""Watch a training run: a picture and a table that follow it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def choose_phrases(
     target: str = "eng_Latn",
     seed: int = 0,
 ) -> list[SentencePair]:
-    """One sentence of each of `kinds` out of a split, drawn at random, from the languages in turn.
+    """One random sentence of each of `kinds` from a split, taking the languages in turn.
 
     Raises:
         ValueError: the split has no sentence of a kind in its language.
@@ -46,7 +46,7 @@ def choose_phrases(
 class LiveTraining:
     """Draws a run below the cell while it trains; pass `on_record` to `moe_edu.training.loop.train`.
 
-    Each drawing replaces the one before, so the saved notebook holds the last.
+    Each drawing replaces the one before, so the saved notebook contains the last.
     """
 
     def __init__(self, phrases: Sequence[SentencePair], total_steps: int, *, redraw_every: int = 8) -> None:
@@ -65,7 +65,7 @@ class LiveTraining:
         self.draw()
 
     def on_record(self, record: Record, translator: TextTranslator) -> None:
-        """Take in one log line."""
+        """Record one log line, and draw if it is time."""
         scored = "valid/chrf" in record
         if scored or not self.history:
             self.snapshots.append(Snapshot(record["step"], translate_all(translator, self.phrases)))
@@ -83,7 +83,7 @@ class LiveTraining:
         show(snapshots_html(sources, [phrase.target for phrase in self.phrases], self.snapshots))
 
     def first_right(self) -> list[int | None]:
-        """For each phrase the step of the first snapshot that translated it as the human did; None for never."""
+        """For each phrase, the step of the first snapshot whose translation equals the reference; None for never."""
         return [
             next((s.step for s in self.snapshots if s.translations[i] == phrase.target), None)
             for i, phrase in enumerate(self.phrases)
@@ -91,7 +91,7 @@ class LiveTraining:
 
 
 def translate_all(translator: TextTranslator, phrases: Sequence[SentencePair]) -> tuple[str, ...]:
-    """Each phrase in its target language, told its source language."""
+    """Each phrase in its target language; the source language is given."""
     return tuple(
         translator.translate(phrase.source, target=phrase.target_language, source=phrase.source_language)
         for phrase in phrases
@@ -99,11 +99,11 @@ def translate_all(translator: TextTranslator, phrases: Sequence[SentencePair]) -
 
 
 def status_html(history: Sequence[Record], total_steps: int) -> str:
-    """How far a run is and how fast, in a line."""
+    """How far a run is and how fast, in one line."""
     if not history:
         text = f"Step 0 of {total_steps:,}: preparing the data."
     else:
         last = history[-1]
-        speed = f"{last['tokens_per_second']:,} tokens a second"
+        speed = f"{last['tokens_per_second']:,} tokens per second"
         text = f"Step {last['step']:,} of {total_steps:,}, {last['seconds']:.0f} s, {speed}, loss {last['loss']:.2f}"
     return f'<div class="moe" role="status">{escape(text)}</div>'

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes that tensors made by `call` hold at one time, its result included.
+    """The largest number of bytes that tensors made by `call` occupy at the same time, its result included.
 
     Counts what each PyTorch operation returns, forward and backward; not what an operation needs inside itself.
     """
@@ -37,9 +37,7 @@ class _PeakCounter(TorchDispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             address = storage._cdata
-            if (
-                address not in given and address not in self._alive
-            ):  # a view or an in-place result is nothing new
+            if address not in given and address not in self._alive:  # a view or an in-place result is not new
                 self._alive[address] = storage.nbytes()
                 self.held += storage.nbytes()
                 self.peak = max(self.peak, self.held)

@@ -43,7 +43,7 @@ def begin() -> None:
 def check_parameters(inputs: Sequence[str]) -> None:
     """Refuse parameters that the notebook does not have.
 
-    papermill only warns of them, and a misspelt parameter would leave its default in force.
+    papermill only warns about them, and a misspelt parameter would leave its default in force.
 
     Args:
         inputs: the source of the cells run so far, IPython's `In`. The first that begins with "# Parameters" declares
@@ -74,9 +74,10 @@ def _unknown_message(name: str, known: Sequence[str]) -> str:
 
 
 def claim(statement: str, holds: bool) -> None:
-    """Print what the lesson claims of a run, ticked if this run bears it out.
+    """Print what the lesson claims about a run, ticked if it holds in this run.
 
-    A reader who turned the knobs sees where the claim ends; nbval, which compares the line, where the lesson is wrong.
+    A reader who changed the settings sees where the claim stops holding; nbval, which compares the line, sees where the
+    lesson is wrong.
     """
     print(f"{'✓' if holds else '✗ not in this run:'} {statement}")
 
@@ -90,13 +91,13 @@ def show(picture: Picture) -> None:
 
 
 def as_bundle(picture: Picture) -> dict[str, Any]:
-    """A picture as Jupyter messages carry it, with plain text for pages that cannot draw it."""
+    """A picture in the form of Jupyter's messages, with plain text for pages that cannot draw it."""
     if isinstance(picture, str):
         return {"text/html": picture, "text/plain": "(a picture in HTML)"}
     if isinstance(picture, Widget):
         # By hand: ipywidgets 7, which Colab has, makes no bundle of a widget.
         view = {"version_major": 2, "version_minor": 0, "model_id": picture.model_id}
-        return {WIDGET_VIEW: view, "text/plain": "Run this cell to use what it shows."}
+        return {WIDGET_VIEW: view, "text/plain": "Run this cell to use its controls."}
     description = picture.layout.meta["description"]
     if find_service() is not None:  # neither Colab nor Kaggle draws Plotly's own format
         return {

@@ -1,11 +1,11 @@
-"""The published code beside ours: run where that release is installed, else what was saved when it was.
+"""The published code, to compare with ours: run if that release is installed, otherwise its saved results.
 
     @published.observed(saved=[8, 16])
     def capacities():
         ...  # uses transformers
     capacities()  # [8, 16], live or saved
 
-Where it runs live, it must give what was saved: running the lesson holds the saved values to the release.
+Live results must equal the saved ones, so running the lesson checks the saved values against the release.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 
 def is_installed() -> bool:
-    """Whether transformers is here, in the release that the lessons speak of."""
+    """Whether transformers is installed, in the release that the lessons use."""
     try:
         return version("transformers") == RELEASE
     except PackageNotFoundError:
@@ -33,10 +33,10 @@ def is_installed() -> bool:
 
 
 def observed(saved: Value) -> Callable[[Callable[[], Value]], Callable[[], Value]]:
-    """Make a function that looks at the release give `saved` where the release is not installed.
+    """Make a function that observes the release return `saved` if the release is not installed.
 
     Raises:
-        AssertionError: when called, if the release gives something else.
+        AssertionError: when called, if the release returns something else.
     """
 
     def decorate(look: Callable[[], Value]) -> Callable[[], Value]:
@@ -54,7 +54,7 @@ def observed(saved: Value) -> Callable[[Callable[[], Value]], Callable[[], Value
 
 
 def sparse_layer(num_experts: int = 4, d_model: int = 8, seed: int = 0, **fields: object) -> NllbMoeSparseMLP:
-    """A small sparse layer of the release, whose mask is flat, `[B * S]`; `fields` are its NllbMoeConfig's."""
+    """A small sparse layer of the release, which takes a flat mask, `[B * S]`; `fields` are its NllbMoeConfig's."""
     from transformers import NllbMoeConfig
     from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 

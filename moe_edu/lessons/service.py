@@ -1,4 +1,4 @@
-"""Colab and Kaggle: which of them this is, and which of their menus a reader needs."""
+"""Colab and Kaggle: which of them runs this notebook, and which of its menus a reader needs."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ KAGGLE = Service(
 
 
 def find_service(environ: Mapping[str, str] = os.environ) -> Service | None:
-    """The service that this runs on, by the variable that each sets; None elsewhere."""
+    """The service that runs this notebook, by the variable that each sets; None elsewhere."""
     if "KAGGLE_KERNEL_RUN_TYPE" in environ:  # first: Kaggle's image is made from Colab's
         return KAGGLE
     return COLAB if "COLAB_RELEASE_TAG" in environ else None
 
 
 def advise(service: Service | None, lacks: Iterable[Lack], has_gpu: bool) -> list[str]:
-    """What a reader should know before the lesson begins, a line each; nothing where all is well.
+    """What a reader should know before the lesson begins, one line each; empty if all is well.
 
     Args:
         service: where the notebook runs.
@@ -52,10 +52,10 @@ def advise(service: Service | None, lacks: Iterable[Lack], has_gpu: bool) -> lis
     """
     lines = []
     for name, needed, found in lacks:
-        mend = f"run %pip install -U {name} in a cell, then restart the kernel"
+        fix = f"run %pip install -U {name} in a cell, then restart the kernel"
         if name == "torch":
-            mend = service.version_menu if service else "install a newer PyTorch"
-        lines.append(f"{name} {found} is too old, {needed} or newer is needed: {mend}.")
+            fix = service.version_menu if service else "install a newer PyTorch"
+        lines.append(f"{name} {found} is too old, {needed} or newer is needed: {fix}.")
     if service is not None and not has_gpu:
         lines.append(
             f"No GPU here, and no lesson needs one. To get one: {service.gpu_menu}, then run all cells."

@@ -1,4 +1,4 @@
-"""What a router reads: the hidden states of a translator's texts, where its first sparse layer chooses experts."""
+"""What a router reads: the hidden states from which a translator's first sparse layer chooses experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_edu.moe.routing import Top2Router
 
 
 def router_states(translator: TextTranslator, texts: Iterable[str]) -> Tensor:
-    """The inputs `[N, D]` of the encoder's first router, one row a token of `texts` (at least one), in order.
+    """The inputs `[N, D]` of the encoder's first router, one row per token of `texts` (at least one), in order.
 
     Raises:
         ValueError: a text longer than the model's positions.

@@ -1,6 +1,6 @@
 """A box to type a phrase in: its translation, and the experts that each of its tokens chooses.
 
-What is typed is shown as text, whatever it holds: all of it is escaped before it becomes HTML.
+Whatever the reader types is shown as text: all of it is escaped before it becomes HTML.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ CAPACITY_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, NO_LIMIT)
 def translate_box(
     translator: TextTranslator, *, text: str = "", targets: Sequence[str] = ("eng_Latn",)
 ) -> widgets.VBox:
-    """The box, ready to show.
+    """The translation box, ready to show.
 
     Args:
         translator: what translates.
-        text: the phrase to begin with.
-        targets: FLORES-200 codes to choose the target language from: those that the model learned to write.
+        text: the initial phrase.
+        targets: FLORES-200 codes of the target languages on offer: those that the model learned to write.
     """
     wide = widgets.Layout(width="min(100%, 480px)")
     style = {"description_width": "110px"}
@@ -70,15 +70,15 @@ def translate_box(
 def answer_html(
     translator: TextTranslator, text: str, *, source: str, target: str, capacity_factor: float = NO_LIMIT
 ) -> str:
-    """The translation of `text` and the routing of its tokens, as HTML; a mistake is answered with its message.
+    """The translation of `text` and the routing of its tokens, as HTML; for a mistake, its message.
 
     Args:
         translator: what translates.
         text: as the reader typed it.
         source: FLORES-200 code, or "und".
         target: FLORES-200 code of the target language.
-        capacity_factor: seats the tokens again as if this phrase alone were a training batch; the translation is
-            always made without a limit.
+        capacity_factor: assigns the slots again as if this phrase were a training batch of its own; the translation
+            is always made without a limit.
     """
     if not text.strip():
         return _framed('<p class="moe-note">Type a phrase above.</p>')
@@ -97,7 +97,7 @@ def answer_html(
 
 
 def seat_again(layer: RouterOutput, capacity_factor: float, config: MoEConfig) -> RouterOutput:
-    """The same choices with the room that training at `capacity_factor` gives a batch of these tokens alone."""
+    """The same choices, with the capacity that training at `capacity_factor` gives a batch of only these tokens."""
     if math.isinf(capacity_factor):
         return layer
     trained = replace(config, expert_capacity=None, expert_capacity_factor=capacity_factor)

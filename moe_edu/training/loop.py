@@ -137,7 +137,7 @@ _BAR = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class TrainingData(NamedTuple):
-    """What a run reads: the tokenizer, the languages to write, the model that fits both, batches, held-out sentences."""
+    """What a run reads: tokenizer, languages to write, configuration, batches, held-out sentences."""
 
     tokenizer: Tokenizer
     targets: tuple[str, ...]

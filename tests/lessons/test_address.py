@@ -149,7 +149,7 @@ class TestCommand:
         self.rename(checkout, address)
         done = CliRunner().invoke(main, ["--root", str(checkout)])
         assert done.exit_code == 1
-        assert "has to read https://github.com/OWNER/NAME" in done.output
+        assert "it must be https://github.com/OWNER/NAME" in done.output
 
     def test_outside_a_checkout(self, tmp_path):
         done = CliRunner().invoke(main, ["--root", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""What the notebooks are made of: parameters, claims, live pictures, the box, and how they are saved."""
+"""What the notebooks are made of: parameters, claims, live pictures, the translation box, and how they are saved."""
 
 import re
 from collections import Counter
@@ -26,7 +26,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def translator(corpus):
-    """One that was never trained: what it says is gibberish, and that is enough here."""
+    """One that was never trained: its output is gibberish, which is enough here."""
     tokenizer = Tokenizer.train(corpus.train.texts(), corpus.languages, 600)
     torch.manual_seed(0)
     config = small_config(vocab_size=len(tokenizer), d_model=16, init_std=0.5, max_position_embeddings=60)
@@ -35,7 +35,7 @@ def translator(corpus):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """The bundles on display below the cell."""
+    """The bundles displayed below the cell."""
     bundles = []
     monkeypatch.setattr("moe_edu.lessons.notebook.display", lambda bundle, raw: bundles.append(bundle))
     monkeypatch.setattr("moe_edu.lessons.live.clear_output", lambda wait: bundles.clear())
@@ -91,7 +91,7 @@ class TestShow:
     def test_a_widget_says_in_words_what_to_do_without_a_kernel(self, widget):
         bundle = as_bundle(widget)
         assert bundle[WIDGET_VIEW]["model_id"] == widget.model_id
-        assert bundle["text/plain"] == "Run this cell to use what it shows."
+        assert bundle["text/plain"] == "Run this cell to use its controls."
 
     def test_html_is_html(self):
         assert as_bundle("<p>a</p>")["text/html"] == "<p>a</p>"
@@ -188,7 +188,7 @@ class TestTranslateBox:
 
     @pytest.mark.parametrize("factor", [0.25, 1.0, 2.0])
     def test_seats_as_training_would(self, translator, factor):
-        """The hatched choices are those that the model drops in training mode at this capacity factor."""
+        """The hatched choices are those that the model drops in training mode with this capacity factor."""
         text = "vendredi 2 août 1996"
         config = small_config(**{**vars(translator.model.config), "expert_capacity_factor": factor})
         model = MoETranslator(config)
@@ -226,7 +226,7 @@ class TestExecute:
 
 
 class TestNumbersInProse:
-    """What the lesson says in words, beside what its own claims hold."""
+    """What the lesson says in words and its own claims do not check."""
 
     def test_nllb_moe_keeps_most_parameters_in_experts(self):
         # The published model: NLLB Team 2022, section 8.1.2 and table 36; config.json of facebook/nllb-moe-54b.
