@@ -22,15 +22,15 @@ from moe_edu.system.browser import find_browser, open_browser
 from moe_edu.system.isolated import serve_apart
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-PATIENCE_MS = 120_000  # for a machine that others use, too
-TRAINING = ("07_", "09_")  # these train for minutes, and shortly with the parameters below
+PATIENCE_MS = 120_000  # for a machine that is shared
+TRAINING = ("07_", "09_")  # these train for minutes, or briefly with the parameters below
 SHORT = "\nfast = True\nsteps = 12"
 LAB_SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     # Every cell is drawn, in view or not, so that slices of the whole page can be taken.
     "notebook-extension/tracker": {"windowingMode": "none", "scrollPastEnd": False},
 }
-# Notebook 7 at times reads a setting before it is there (jupyter/notebook issue 7862), also without any cell of ours.
+# Notebook 7 sometimes reads a setting before it exists (jupyter/notebook issue 7862), even without any cell of ours.
 NOT_OURS = ("Cannot read properties of undefined (reading 'schema')",)
 EXPLORER = ".jp-OutputArea-output .moe-x[data-mounted=true]"
 PANEL = "window.jupyterapp?.shell.currentWidget"
@@ -56,7 +56,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def jupyterlab(browser, tmp_path_factory):
-    """A JupyterLab of its own; as all its pages share a workspace folder, each notebook has a workspace."""
+    """A separate JupyterLab; all its pages share a workspace folder, so each notebook has its own workspace."""
     home = tmp_path_factory.mktemp("lab")
     with serve("jupyterlab", LAB_SETTINGS, home) as server, pages_of(browser) as context:
         yield Jupyter(server, "lab/workspaces/{stem}/tree/{name}", context)
@@ -64,7 +64,7 @@ def jupyterlab(browser, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def notebook_7(browser, tmp_path_factory):
-    """A Notebook 7 of its own, with its default settings."""
+    """A separate Notebook 7, with its default settings."""
     home = tmp_path_factory.mktemp("notebook")
     with serve("notebook", {}, home) as server, pages_of(browser) as context:
         yield Jupyter(server, "notebooks/{name}", context)
@@ -213,7 +213,7 @@ def serve(module, settings, home):
 
 
 def copy_notebooks(folder):
-    """Without their outputs, so that what a page shows was computed there."""
+    """Copy the notebooks without their outputs, so that a page shows only what was computed there."""
     shutil.copytree(NOTEBOOKS / "images", folder / "images")
     for path in NOTEBOOKS.glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.browser
 
 
 def bench(*options):
-    # In a process of its own: Playwright's browser of the other tests is at work in this one.
+    # In a separate process: the other tests' Playwright browser is running in this one.
     command = [sys.executable, "-m", "moe_edu.cli", "bench", "explorers", *options]
     return subprocess.run(command, capture_output=True, text=True)
 

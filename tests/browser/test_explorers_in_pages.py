@@ -161,7 +161,7 @@ class TestInAPage:
 
 
 def test_hatching_does_not_hang_on_another_explorer(page, tmp_path):
-    """A pattern in a tab that is hidden paints nothing, and an id stands for the first of its name."""
+    """A pattern in a hidden tab paints nothing, and an id refers to the first element that has it."""
     queue = explorers.get("capacity_queue").html()
     file = tmp_path / "page.html"
     file.write_text(

@@ -25,7 +25,7 @@ WIDTHS = (1280, 1920)
 SLICE = 1600  # pixels of a window's height
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 SCROLLED = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer"
-PATIENCE_MS = 60_000  # for one cell, on a machine that others use, too
+PATIENCE_MS = 60_000  # for one cell, on a machine that is shared
 WRITTEN = [".jp-Notebook .jp-RenderedHTMLCommon", ".jp-Notebook .jp-OutputArea-output"]
 # What hides a part of itself at its right, or has to be scrolled sideways to be read.
 TOO_WIDE = """[...document.querySelectorAll(".jp-Notebook-cell *")]
@@ -141,7 +141,7 @@ class TestInUse:
 
 @pytest.mark.parametrize("name", ["07_train_a_multilingual_model.ipynb"], indirect=True)
 class TestLesson07:
-    """Its figures, and the box that answers what is typed."""
+    """Its figures, and the box that responds to what is typed."""
 
     def test_draws_its_figures(self, notebook):
         assert notebook.page.locator(".js-plotly-plot .scatterlayer .js-line").count() > 0
@@ -149,7 +149,7 @@ class TestLesson07:
 
     def test_typed_text_is_text_and_is_translated(self, notebook):
         notebook.page.get_by_label("Phrase", exact=True).fill("<b>7 mai 2001")
-        # "<" is too rare to have a token of its own: it is spelled as a byte.
+        # "<" is too rare to have its own token: it is spelled as a byte.
         wait_for_tokens(notebook.page, "▁<0x3C>b<0x3E>7▁mai▁2001")
         answer = notebook.page.locator(".widget-html-content .moe").first
         assert answer.locator("b").count() == answer.locator(".moe-choice > b").count()

@@ -74,7 +74,7 @@ def test_before_the_first_look_nothing_is_translated():
 
 
 def test_what_the_lesson_says_of_the_run():
-    """At a loss below 2 no phrase is right; on the way January stands for February."""
+    """At a loss below 2 no phrase is right; along the way, January stands in for February."""
     points = HISTORY["runs"]["0.01"]["points"]
     first_below = next(point["step"] for point in points if point["loss"] < 2)
     assert not any(view(EXPLORER.state(step=first_below))["right"])

@@ -1,4 +1,4 @@
-"""The routing that the explorer shows is a model's, and its sentence says what is to be seen."""
+"""The routing that the explorer shows is a model's, and its sentence says what the picture shows."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The repository's address stands in pyproject.toml; every badge, link and install line follows it."""
+"""pyproject.toml has the repository's address; every badge, link and install line follows it."""
 
 import re
 import shutil

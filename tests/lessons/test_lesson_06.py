@@ -1,4 +1,4 @@
-"""What lesson 06 says in words, beside what its own cells hold."""
+"""What lesson 06 says in words and its own cells do not check."""
 
 import math
 

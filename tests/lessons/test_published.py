@@ -1,4 +1,4 @@
-"""Lesson 10 speaks of tests that exist, and shows what was saved of a release that is not installed."""
+"""Lesson 10 names tests that exist, and shows the saved results of a release that is not installed."""
 
 import importlib.metadata
 import re
