@@ -1,4 +1,4 @@
-"""Benchmarks: the sparse layer beside the reference's and beside what the machine can do."""
+"""Benchmarks: the sparse layer compared with other libraries and with the machine's limits."""
 
 from moe_edu.bench.command import bench
 from moe_edu.bench.contenders import LayerSize

@@ -79,10 +79,10 @@ def layer(
     plot_path: Path | None,
     quick: bool,
 ) -> None:
-    """Compare one sparse layer with other libraries' and with the machine's limits.
+    """Compare one sparse layer with those of other libraries and with the machine's limits.
 
     Every contender has the same weights, input and routing, and is checked against a float64 loop before it is timed:
-    transformers 4.57.6's NLLB-MoE layer, transformers 5's experts and st-moe-pytorch, each where it is installed.
+    transformers 4.57.6's NLLB-MoE layer, transformers 5's experts and st-moe-pytorch, each if it is installed.
     """
     sizes = [LayerSize(T, E, d_model, ffn_dim) for E in experts for T in tokens]
     if quick:
@@ -101,12 +101,8 @@ def layer(
 @bench.command()
 @integers_option("--experts", "8,16,32,64,128", "E")
 @integers_option("--tokens", "512,1024,2048,4096,8192", "T")
-@click.option(
-    "--at-tokens", type=click.IntRange(1), default=4096, show_default=True, help="T while the experts grow."
-)
-@click.option(
-    "--at-experts", type=click.IntRange(1), default=32, show_default=True, help="E while the tokens grow."
-)
+@click.option("--at-tokens", type=click.IntRange(1), default=4096, show_default=True, help="T while E grows.")
+@click.option("--at-experts", type=click.IntRange(1), default=32, show_default=True, help="E while T grows.")
 @d_model_option
 @ffn_dim_option
 @mode_option
@@ -135,7 +131,7 @@ def curve(
 ) -> None:
     """Measure what one sparse layer costs as its experts grow, and as its tokens do.
 
-    Beside it, the dense network with the same active work, and the roofline.
+    The dense network with the same active work and the roofline are shown for comparison.
     """
     if quick:
         experts, tokens, at_experts, at_tokens, d_model, ffn_dim = (2, 4), (32, 64), 4, 64, 32, 64
@@ -170,7 +166,7 @@ def gpu(
     plot_path: Path | None,
     quick: bool,
 ) -> None:
-    """Compare the layer's back ends on an NVIDIA GPU with the dense layer of the same work.
+    """Compare the layer's back ends on an NVIDIA GPU with the dense layer that does the same work.
 
     Inference and training, bf16 and fp16, at T=16384, D=1024 and 2048, F=4D, E=8, 32 and 128, timed by CUDA events.
     Then three promises are checked: no wait for the GPU, one graph in torch.compile whatever T is, and CUDA graphs.
@@ -180,9 +176,7 @@ def gpu(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         compiler, sizes, repeats = "eager", [LayerSize(64, 4, 32, 64, tight=True)], 1
     elif not torch.cuda.is_available():
-        raise click.ClickException(
-            "there is no NVIDIA GPU that this PyTorch can use; --quick tries it on the CPU"
-        )
+        raise click.ClickException("this PyTorch finds no NVIDIA GPU; --quick tries the benchmark on the CPU")
     dtypes = DTYPES if dtype == "both" else (getattr(torch, dtype),)
     machine = _begin(None, memory and device == "cuda")
     contenders = gpu_contenders(compiler)
@@ -213,7 +207,7 @@ def gpu(
             )
         except torch.OutOfMemoryError:
             click.echo(
-                f"{one_mode} {one_dtype} E={size.experts} D={size.d_model}: too large for the memory of this GPU"
+                f"{one_mode} {one_dtype} E={size.experts} D={size.d_model}: too large for this GPU's memory"
             )
             torch.cuda.empty_cache()
             continue
@@ -232,7 +226,11 @@ def gpu(
 
 @bench.command()
 @click.option(
-    "--batches", type=click.IntRange(1), default=10, show_default=True, help="Training batches a timed call."
+    "--batches",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Training batches per timed call.",
 )
 @click.option(
     "--sentences", type=click.IntRange(1), default=256, show_default=True, help="Sentences to translate."
@@ -244,7 +242,7 @@ def gpu(
     "--processes",
     type=click.IntRange(1),
     default=None,
-    help="moe_edu's processes: 1 or 2; by default 2 where there are so many cores.",
+    help="Processes of moe_edu, 1 or 2; by default 2 if there are at least 2 cores.",
 )
 @json_option
 @plot_option
@@ -260,11 +258,11 @@ def model(
     plot_path: Path | None,
     quick: bool,
 ) -> None:
-    """Compare training and generation of the small translator with the same model in transformers.
+    """Compare training and generation by the small translator with the same model in transformers.
 
     Both have the same weights, batches and optimizer; logits and generated ids are compared before anything is timed.
     """
-    # Brings in the corpus and its tools, which no other command here needs.
+    # Imports the corpus and its tools, which no other command here needs.
     from moe_edu.bench.model import format_model_result, run_model_bench, write_model_json
 
     advice = reference_is_here()
@@ -282,13 +280,13 @@ def model(
 
 
 def _begin(threads: int | None, memory: bool) -> Machine:
-    """Set the threads, and say what machine this is and what cannot be measured on it."""
+    """Set the threads; print what machine this is and what cannot be measured on it."""
     if threads is not None:
         torch.set_num_threads(threads)
     machine = this_machine()
     click.echo(format_machine(machine))
     if memory and not can_measure_memory():
-        click.echo("without peak memory: it can be measured on Linux only")
+        click.echo("peak memory is left out: it can be measured only on Linux")
     return machine
 
 
@@ -306,7 +304,7 @@ def _measure(
     machine: Machine,
     json_path: Path | None,
 ) -> list[LayerResult]:
-    """Print each result, and write all so far, as soon as it is there: large sizes take minutes."""
+    """Print each result as soon as it is measured, and write all so far: large sizes take minutes."""
     click.echo(format_header())
     results = []
     for result in run_layer_bench(

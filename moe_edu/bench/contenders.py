@@ -1,4 +1,4 @@
-"""What the layer benchmark compares: our sparse layer and the dense limit. Other libraries' are in `libraries.py`."""
+"""The contenders of the layer benchmark: our sparse layer and the dense limit. `libraries.py` has the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_edu.moe.layer import FeedForward, SparseMLP
 class LayerSize:
     """Sizes of one sparse layer: T tokens, E experts, D model width, F feed-forward width.
 
-    `tight`: experts have training's slots in inference, too, instead of room for every token.
+    `tight`: inference has only as many slots as training, instead of room for every token.
     """
 
     tokens: int
@@ -27,7 +27,7 @@ class LayerSize:
     tight: bool = False
 
     def config(self) -> MoEConfig:
-        """No expert output masking: the reference's own is another one, and the results are compared."""
+        """No expert output masking: that of transformers differs, and the results are compared."""
         return MoEConfig(
             d_model=self.d_model,
             encoder_ffn_dim=self.ffn_dim,
@@ -44,10 +44,10 @@ class Contender:
     """One way to compute the layer.
 
     Attributes:
-        module: owns the parameters, and knows training from eval.
-        forward: `[1, T, D]` tokens to `[1, T, D]` outputs.
-        probes: the gradients of the last step that are checked: of the router's weight, then of w1, b1, w2, b2 of
-            expert 0; None where the contender has no such parameter.
+        module: owns the parameters and the mode, training or eval.
+        forward: `[1, T, D]` tokens -> `[1, T, D]` outputs.
+        probes: the gradients of the last step to check: of the router's weight, then of w1, b1, w2, b2 of expert 0;
+            None if the contender has no such parameter.
     """
 
     module: nn.Module
@@ -66,7 +66,7 @@ def our_layer(layer: SparseMLP) -> Contender:
 
 
 def with_backend(layer: SparseMLP, backend: Backend) -> SparseMLP:
-    """The same layer, the same parameters, another back end."""
+    """The same layer with the same parameters and another back end."""
     with torch.device("meta"):
         other = SparseMLP(layer.config, layer.experts.w1.shape[1], backend)
     other.router, other.experts = layer.router, other.experts.train(layer.training)
@@ -76,7 +76,7 @@ def with_backend(layer: SparseMLP, backend: Backend) -> SparseMLP:
 
 
 def dense_layer(size: LayerSize) -> nn.Module:
-    """The dense feed-forward network of one expert's size: fed every kept row, it does the same work."""
+    """A dense feed-forward network of one expert's size: given every kept row, it does the same work."""
     return FeedForward(size.config(), size.ffn_dim)
 
 

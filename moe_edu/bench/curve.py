@@ -10,7 +10,7 @@ from moe_edu.bench.layer import LayerResult
 
 
 class Curve(NamedTuple):
-    """Results along one axis, the other sizes fixed: by E or by T."""
+    """Results along one axis, E or T, with the other sizes fixed."""
 
     title: str
     x_title: str
@@ -20,13 +20,13 @@ class Curve(NamedTuple):
 def curve_sizes(
     experts: Sequence[int], tokens: Sequence[int], at_experts: int, at_tokens: int, d_model: int, ffn_dim: int
 ) -> list[LayerSize]:
-    """The sizes to measure: each E with `at_tokens` tokens, each T with `at_experts` experts; none twice."""
+    """The sizes to measure: each E with `at_tokens` tokens, each T with `at_experts` experts, without repeats."""
     pairs = [(at_tokens, E) for E in experts] + [(T, at_experts) for T in tokens]
     return [LayerSize(T, E, d_model, ffn_dim) for T, E in dict.fromkeys(pairs)]
 
 
 def make_curves(results: Sequence[LayerResult], at_experts: int, at_tokens: int) -> list[Curve]:
-    """For each mode the curve over E and the curve over T."""
+    """The curve over E and the curve over T, for each mode."""
     curves = []
     for mode in dict.fromkeys(result.mode for result in results):
         of_mode = [result for result in results if result.mode == mode]

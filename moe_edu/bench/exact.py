@@ -1,4 +1,4 @@
-"""The value that every contender must come close to: a plain loop over the experts in float64."""
+"""The values that every contender must approximate: a plain loop over the experts in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_edu.moe.routing import RouterOutput
 
 
 def exact_step(layer: SparseMLP, hidden: Tensor, routing: RouterOutput, upstream: Tensor) -> list[Tensor]:
-    """One forward and backward pass of `layer` in float64, with the choices that `routing` made.
+    """One forward and backward pass of `layer` in float64, with the choices of `routing`.
 
     Args:
         layer: gates normalised after dropping, no dropout, no expert output masking.
@@ -39,7 +39,7 @@ def exact_step(layer: SparseMLP, hidden: Tensor, routing: RouterOutput, upstream
     output = torch.zeros_like(x)
     for e in range(routing.num_experts):
         token, choice = ((routing.expert_index == e) & routing.kept).nonzero(as_tuple=True)
-        # Checkpointed, so that one expert's float64 weights are in memory at a time.
+        # Checkpointed, so that only one expert's float64 weights are in memory at a time.
         rows = checkpoint(expert, x[token], e, use_reentrant=False)
         output = output.index_add(0, token, gates[token, choice, None] * rows)
     gradients = torch.autograd.grad(output, leaves, upstream[0].double())
@@ -66,7 +66,7 @@ def gradient_error(contender: Contender, hidden: Tensor, upstream: Tensor, exact
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """Norm of the deviation over the norm of the exact value.
 
-    Not the largest deviation: a pre-activation within rounding of zero may fall on either side of ReLU's kink, which
-    moves one token's part of a few gradients, and is no fault of the contender.
+    Not the largest deviation: a pre-activation within rounding error of zero may fall on either side of ReLU's kink,
+    which changes one token's part of a few gradients and is not the contender's fault.
     """
     return relative_difference(actual.double(), exact, order=2)

@@ -1,8 +1,8 @@
-"""`moe-edu bench explorers`: from key press to redraw, in a real browser.
+"""`moe-edu bench explorers`: time from key press to redraw, in a real browser.
 
-Two ways. In the page: the explorer computes and draws by itself, as lessons show it. Through Python: it stands in the
-JupyterLab of `moe-edu lab`, linked with a kernel, whose answer to the new state is drawn below it, as the box to
-translate in does.
+There are two ways. In the page: the explorer computes and draws on its own, as in the lessons. Through Python: it runs
+in the JupyterLab of `moe-edu lab`, linked to a kernel whose answer to each new state is drawn below it, as in the
+translation box.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +18,20 @@ import click
 
 from moe_edu.bench.lab import Lab, explain_missing_lab, open_lab
 from moe_edu.bench.options import json_option, plot_option
-from moe_edu.bench.pictures import explorers_svg
-from moe_edu.bench.plot import write_plot
-from moe_edu.bench.report import format_machine, this_machine, write_json
+from moe_edu.bench.plot import Row, Sample, dots_svg, write_plot
+from moe_edu.bench.report import Machine, format_machine, this_machine, write_json
 from moe_edu.system.browser import open_browser
 
-BOX = "translate_box"  # measured beside the explorers: what the lessons compute in Python while the reader types
+BOX = "translate_box"  # measured with the explorers: the lessons compute it in Python while the reader types
 _CONTROL = ".moe-x input[type=range], .moe-x [role=slider], .moe-x select"
 _BOX_CONTROL = ".widget-text input"
 _ARROWS = ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft")
 _LETTERS = ("7", "Backspace")
 _MOUNTED = ".moe-x[data-mounted]"
 _ANSWER = ".widget-html"
-_ANSWER_MS = 2_000  # after which a press counts as one without an answer
+_ANSWER_MS = 2_000  # after which a press counts as unanswered
 
-# The browser stamps a key press as it comes in; the observer hears of the new picture. Both on the same clock.
+# The browser stamps a key press on arrival, and the observer learns of the new picture, both on the same clock.
 _WATCH = """(observed) => {
   window.times = [];
   let pressed = null;
@@ -63,7 +62,7 @@ lessons.show(lessons.translate_box(load_pretrained(), text="quinta-feira, 1 de a
 
 
 class Redraw(NamedTuple):
-    """Milliseconds from key press to redraw of one explorer, over the `presses` that changed its picture.
+    """Milliseconds from key press to redraw for one explorer, over the `presses` that changed its picture.
 
     `way` is "page" or "python".
     """
@@ -77,7 +76,7 @@ class Redraw(NamedTuple):
 
 def measure_in_page(browser: Any, names: Sequence[str], presses: int) -> Iterator[Redraw]:
     """Press arrow keys on the first control of each explorer, back and forth, and time every redraw."""
-    from moe_edu.explorers import get  # here: the command line starts faster without widgets
+    from moe_edu.explorers import get  # here, so that the command line starts without loading widgets
 
     page = browser.new_page(viewport={"width": 800, "height": 900})
     for name in names:
@@ -91,7 +90,7 @@ def measure_in_page(browser: Any, names: Sequence[str], presses: int) -> Iterato
 
 
 def measure_through_python(lab: Lab, names: Sequence[str], presses: int) -> Iterator[Redraw]:
-    """The same where each new state goes to Python, and what Python makes of it is drawn; and the box, typed into."""
+    """The same for explorers whose new state goes to Python, which draws its answer, and for typing into the box."""
     for name in names:
         is_box = name == BOX
         with lab.run(_BOX_CELL if is_box else _LINKED_CELL.format(name=name)) as page:
@@ -105,7 +104,7 @@ def measure_through_python(lab: Lab, names: Sequence[str], presses: int) -> Iter
 
 
 def _press_and_wait(page: Any, key: str) -> None:
-    """Press, and wait for the answer; at an end of its range a control has none."""
+    """Press and wait for the answer; a control at an end of its range gives none."""
     from playwright.sync_api import TimeoutError as NoAnswerError
 
     before = page.evaluate("window.times.length")
@@ -117,17 +116,29 @@ def _press_and_wait(page: Any, key: str) -> None:
 def _summary(name: str, way: str, page: Any) -> Redraw:
     times = page.evaluate("window.times")
     if not times:
-        raise RuntimeError(f"{name} ({way}) answered no key press")
+        raise RuntimeError(f"{name} ({way}) answered none of the key presses")
     return Redraw(name, way, statistics.median(times), max(times), len(times))
+
+
+def explorers_svg(results: Iterable[Redraw], machine: Machine) -> str:
+    """The picture: time from key press to redraw, in the page and through Python."""
+    rows: dict[str, dict[str, Sample]] = {}
+    for result in results:
+        sample = Sample(result.median_ms, result.median_ms, result.slowest_ms)
+        rows.setdefault(result.name, {})[result.way] = sample
+    return dots_svg(
+        "From key press to redraw",
+        format_machine(machine),
+        "milliseconds: median to slowest",
+        [Row(name, samples) for name, samples in rows.items()],
+    )
 
 
 @click.command()
 @click.option(
-    "--presses", type=click.IntRange(4), default=60, show_default=True, help="Key presses an explorer."
+    "--presses", type=click.IntRange(4), default=60, show_default=True, help="Key presses per explorer."
 )
-@click.option(
-    "--only", multiple=True, help=f"Measure only this explorer, or {BOX}; may be given several times."
-)
+@click.option("--only", multiple=True, help=f"Measure only this explorer, or {BOX}; may be repeated.")
 @click.option("--python/--no-python", default=True, show_default=True, help="Also measure through Python.")
 @json_option
 @plot_option
@@ -136,17 +147,17 @@ def explorers(
 ) -> None:
     """Time each explorer in the system's Chromium, from key press to redraw.
 
-    First as it computes in the page; then linked with Python in a JupyterLab of its own, with the box to translate in.
+    First as it computes in the page; then linked to Python in a separate JupyterLab, together with the translation box.
     """
     from moe_edu.explorers import NAMES
 
     names = only or (*NAMES, BOX)
     unknown = set(names) - {*NAMES, BOX}
     if unknown:
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join((*NAMES, BOX))}")
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join((*NAMES, BOX))}")
     advice = explain_missing_lab()
     if python and advice is not None:
-        click.echo(f"without the way through Python: {advice}")
+        click.echo(f"the way through Python is left out: {advice}")
     machine = this_machine()
     click.echo(format_machine(machine))
     results = []

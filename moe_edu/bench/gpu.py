@@ -1,6 +1,6 @@
-"""The sparse layer on a GPU: its back ends beside the dense layer of the same work, and three promises checked.
+"""The sparse layer on a GPU: its back ends, the dense layer that does the same work, and a check of three promises.
 
-The same code runs on the CPU with small sizes, where nothing that needs a GPU is checked.
+The same code runs on the CPU with small sizes, and skips the checks that need a GPU.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ BACKENDS: tuple[Backend, ...] = ("auto", "padded")
 
 
 def gpu_sizes() -> list[LayerSize]:
-    """The sizes of the table: F = 4 D, as many slots in inference as in training."""
+    """The sizes of the table: F = 4 D, with as many slots in inference as in training."""
     return [LayerSize(TOKENS, E, D, 4 * D, tight=True) for D in WIDTHS for E in EXPERTS]
 
 
 def gpu_contenders(compiler: str = "inductor") -> dict[str, Factory]:
-    """What is measured beside the layer as it comes; `compiler` is a back end of torch.compile."""
+    """What is compared with the layer in its default form; `compiler` is a back end of torch.compile."""
     return {
         "moe_edu, padded": partial(_named_backend, "padded"),
         "moe_edu, loop": partial(_named_backend, "loop"),
@@ -49,13 +49,13 @@ def _named_backend(backend: Backend, layer: SparseMLP) -> Contender:
 
 
 def _compiled(compiler: str, layer: SparseMLP) -> Contender:
-    torch.compiler.reset()  # it keeps what it compiled for the layers before, and refuses the ninth
+    torch.compiler.reset()  # it caches what it compiled for earlier layers, and refuses the ninth
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=compiler)
     return replace(our_layer(layer), forward=lambda hidden: compiled(hidden)[0])
 
 
 def _graphed(layer: SparseMLP) -> Contender:
-    """A CUDA graph of the padded back end, captured at the first call. It holds its memory from then on."""
+    """A CUDA graph of the padded back end, captured at the first call; it keeps its memory from then on."""
     require_gpu(layer)
     padded = with_backend(layer, "padded")
     graphs: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
@@ -69,14 +69,14 @@ def _graphed(layer: SparseMLP) -> Contender:
 
 
 def capture(layer: SparseMLP, hidden: Tensor) -> Callable[[Tensor], Tensor]:
-    """`layer` as a CUDA graph, forward and, where gradients are on, backward; for inputs like `hidden`."""
+    """`layer` as a CUDA graph for inputs like `hidden`: forward and, if gradients are on, backward."""
     sample = hidden.detach().clone().requires_grad_(hidden.requires_grad)
     graph = torch.cuda.make_graphed_callables(_OutputAlone(layer).train(layer.training), (sample,))
     return cast(Callable[[Tensor], Tensor], graph)
 
 
 class _OutputAlone(nn.Module):
-    """The layer without its routing: a CUDA graph gives tensors only."""
+    """The layer without its routing: a CUDA graph returns only tensors."""
 
     def __init__(self, layer: SparseMLP) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _OutputAlone(nn.Module):
 
 
 class Check(NamedTuple):
-    """One promise, of one back end in one dtype: "yes", or why it was not kept."""
+    """One promise of one back end in one dtype: "yes", or why it was broken."""
 
     promise: str
     backend: str
@@ -98,7 +98,7 @@ class Check(NamedTuple):
 def run_checks(
     size: LayerSize, dtype: torch.dtype, device: str, compiler: str = "inductor"
 ) -> Iterator[Check]:
-    """Check each promise of each back end on a layer in training; two of them on a GPU only."""
+    """Check each promise of each back end on a layer in training; two of them only on a GPU."""
     layer, hidden, _ = make_problem(Case(size, "training", dtype, torch.device(device)))
     checks: dict[str, Callable[[SparseMLP, Tensor], None]] = {
         "one graph in torch.compile": partial(check_one_graph, compiler)
@@ -122,7 +122,7 @@ def check_never_waits(layer: SparseMLP, hidden: Tensor) -> None:
     Raises:
         RuntimeError: something synchronised.
     """
-    _step(layer, hidden)  # set-up of libraries may synchronise once
+    _step(layer, hidden)  # libraries may synchronise once during set-up
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -132,28 +132,26 @@ def check_never_waits(layer: SparseMLP, hidden: Tensor) -> None:
 
 
 def check_one_graph(compiler: str, layer: SparseMLP, hidden: Tensor) -> None:
-    """torch.compile takes the layer whole, keeps the graph when T changes, and changes no value beyond rounding.
+    """torch.compile gives one graph, keeps it when T changes, and changes no value beyond rounding.
 
     Raises:
         torch._dynamo.exc.TorchDynamoException: a graph break, or a recompilation.
-        AssertionError: another value.
+        AssertionError: a value differs.
     """
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=compiler)
     T = hidden.shape[1]
     for i, tokens in enumerate((T, T // 2, T - 3)):
-        part = hidden[0, :tokens][
-            None
-        ]  # in this order, so that its strides are those of a tensor of this size
+        part = hidden[0, :tokens][None]  # in this order: the strides of a tensor of this size
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
             _assert_close(_step(compiled, part), _step(layer, part))
 
 
 def check_cuda_graph(layer: SparseMLP, hidden: Tensor) -> None:
-    """A replayed graph gives another input's output and gradient.
+    """A replayed graph gives the right output and gradient for another input.
 
     Raises:
-        AssertionError: another value.
+        AssertionError: a value differs.
     """
     graph = capture(layer, hidden.detach().requires_grad_())
     other = hidden.flip(1).contiguous()
@@ -170,7 +168,7 @@ def _step(call: Callable[[Tensor], tuple[Tensor, object]], hidden: Tensor) -> tu
 
 
 def _assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """With one tolerance for each tensor: sums round by their largest parts."""
+    """Use one tolerance for each tensor: rounding errors of sums depend on their largest terms."""
     for mine, value in zip(actual, expected, strict=True):
         scale = value.abs().max().item()
         torch.testing.assert_close(mine, value, rtol=0, atol=8 * torch.finfo(value.dtype).eps * scale)

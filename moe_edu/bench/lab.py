@@ -1,4 +1,4 @@
-"""A JupyterLab of its own in the browser: for measuring what goes from the page to Python and back."""
+"""A separate JupyterLab in the browser, to measure round trips from the page to Python and back."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from nbformat.v4 import new_code_cell, new_notebook
 from moe_edu.system.isolated import serve_apart
 from moe_edu.system.lab import lab_command
 
-_PATIENCE_MS = 120_000  # a busy machine takes long to start a server and a kernel
-_KERNEL = {"name": "python3", "display_name": "Python 3"}  # without it JupyterLab asks which
+_PATIENCE_MS = 120_000  # a busy machine needs a long time to start a server and a kernel
+_KERNEL = {"name": "python3", "display_name": "Python 3"}  # without it JupyterLab asks for a kernel
 _IS_IDLE = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 _RUN = "() => window.jupyterapp.commands.execute('notebook:run-all-cells')"
 
 
 class Lab:
-    """A running server, and the browser that visits it."""
+    """A running server and the browser that visits it."""
 
     def __init__(self, address: str, token: str, folder: Path, context: Any) -> None:
         self._address, self._token, self._folder, self._context = address, token, folder, context
 
     @contextmanager
     def run(self, source: str) -> Iterator[Any]:
-        """The page of a notebook whose one cell, `source`, has run."""
+        """The page of a notebook whose only cell, `source`, has run."""
         name = secrets.token_hex(4)
         notebook = new_notebook(cells=[new_code_cell(source)], metadata={"kernelspec": _KERNEL})
         nbformat.write(notebook, self._folder / f"{name}.ipynb")
@@ -48,19 +48,19 @@ class Lab:
 
 
 def explain_missing_lab() -> str | None:
-    """What to do where JupyterLab is not installed; None where it is."""
+    """What to do if JupyterLab is not installed; None if it is."""
     return None if find_spec("jupyterlab") else 'install JupyterLab: pip install "moe-edu[lab]"'
 
 
 @contextmanager
 def open_lab(browser: Any) -> Iterator[Lab]:
-    """Start JupyterLab as `moe-edu lab` does, in a temporary folder; ended, with its kernels, afterwards.
+    """Start JupyterLab as `moe-edu lab` does, in a temporary folder; stop it and its kernels afterwards.
 
     Args:
         browser: Playwright's.
 
     Raises:
-        RuntimeError: the server did not start; with what it printed.
+        RuntimeError: the server did not start; the message has its output.
     """
     quiet = ("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:

@@ -1,4 +1,4 @@
-"""The sparse layer against other libraries' and against the machine's limits."""
+"""The sparse layer compared with other libraries' layers and with the machine's limits."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ LIBRARIES: Mapping[str, Factory] = {
     "st-moe-pytorch": st_moe,
 }
 
-# Largest relative deviation from the float64 loop. That of gradients leaves room for ReLU's kink.
+# The largest relative deviation from the float64 loop. For gradients it leaves room for ReLU's kink.
 TOLERANCE: dict[torch.dtype, dict[Mode, float]] = {
     torch.float32: {"inference": 1e-5, "training": 1e-2},
     torch.float16: {"inference": 5e-3, "training": 5e-2},
     torch.bfloat16: {"inference": 2e-2, "training": 1e-1},
 }
 
-# Far more than any cache holds, so that the copy measures memory.
+# Far larger than any cache, so that the copy measures memory.
 _COPY_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One contender: its time, its peak extra memory (None where not measured), its deviation from float64."""
+    """One contender: its time, its peak extra memory (None if not measured) and its deviation from float64."""
 
     timing: Timing
     peak_mb: float | None
@@ -55,12 +55,12 @@ class LayerResult:
     """One size in one mode.
 
     Attributes:
-        ours: what was measured of the sparse layer of this package.
-        others: the same of the contenders beside it, by name.
+        ours: the measurements of this package's sparse layer.
+        others: those of the other contenders, by name.
         left_out: why a contender was not measured, by name.
-        dense: the dense feed-forward network over as many rows as the experts were given.
+        dense: the dense feed-forward network over as many rows as the experts got.
         copy_gb_s: the machine's copy bandwidth, bytes read plus bytes written, measured in the same rounds.
-        weight_mb: weights of the experts that were given rows.
+        weight_mb: weights of the experts that got rows.
         gradient_mb: gradients of all parameters, part of every contender's `peak_mb` in training; 0 in inference.
     """
 
@@ -83,7 +83,7 @@ class LayerResult:
 
     @property
     def roofline_ms(self) -> float:
-        """No layer that multiplies these rows with these weights is expected to be faster than this."""
+        """No layer that multiplies these rows by these weights is expected to be faster."""
         return max(self.dense.median_ms, self.memory_limit_ms)
 
     @property
@@ -92,20 +92,20 @@ class LayerResult:
 
     @property
     def of_dense(self) -> float:
-        """The share of the dense network's speed that is reached."""
+        """Our speed as a share of the dense network's."""
         return self.dense.median_ms / self.ours.timing.median_ms
 
     @property
     def extra_mb(self) -> float | None:
-        """Our peak extra memory without the gradients of the parameters; None where it was not measured."""
+        """Our peak extra memory without the gradients of the parameters; None if it was not measured."""
         return None if self.ours.peak_mb is None else self.ours.peak_mb - self.gradient_mb
 
     def speedup(self, name: str) -> float:
-        """How many times the speed of another contender."""
+        """Our speed as a multiple of another contender's."""
         return self.others[name].timing.median_ms / self.ours.timing.median_ms
 
     def memory_ratio(self, name: str) -> float | None:
-        """Our peak extra memory over another's, in training without the gradients that both must hold."""
+        """Our peak extra memory over another's; in training, without the gradients that both must hold."""
         other = self.others[name].peak_mb
         if self.extra_mb is None or other is None or other <= self.gradient_mb:
             return None
@@ -124,13 +124,13 @@ def run_layer_bench(
     seconds_each: float = 30.0,
     seed: int = 0,
 ) -> Iterator[LayerResult]:
-    """Measure our layer and the contenders beside it, each size in each mode, one result as soon as it is there.
+    """Measure our layer and the other contenders; yield the result of each size in each mode once it is measured.
 
     All get the same weights, tokens and routing, and are checked against a float64 loop before they are timed: the
     output, and in training the gradients of the tokens, of the router and of the first expert. They run in turn; one
-    that has used `seconds_each` sits out the remaining rounds. A contender that is not installed, fails or is wrong is
-    left out. On the CPU peak memory is measured in fresh processes, so a script that calls this needs the guard
-    `if __name__ == "__main__":`.
+    that has used `seconds_each` skips the remaining rounds. A contender that is not installed, fails or is wrong is
+    left out. On the CPU peak memory is measured in fresh processes, so a script that calls this function needs the
+    guard `if __name__ == "__main__":`.
 
     Raises:
         ArithmeticError: our own result is wrong.
@@ -143,14 +143,14 @@ def run_layer_bench(
 
 
 def explain_missing(contenders: Mapping[str, Factory], dtype: torch.dtype, device: str) -> dict[str, str]:
-    """Why some contenders cannot be compared here, by name; found out with a tiny layer."""
+    """Why some contenders cannot be compared here, by name, as a test with a tiny layer shows."""
     layer, _, _ = make_problem(Case(LayerSize(8, 2, 128, 128), "inference", dtype, torch.device(device)))
     return _make_all(contenders, layer)[1]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What every contender is measured with."""
+    """The problem on which every contender is measured."""
 
     size: LayerSize
     mode: Mode
@@ -162,7 +162,7 @@ class Case:
 def make_problem(case: Case) -> tuple[SparseMLP, Tensor, Tensor]:
     """The layer, its `[1, T, D]` input, and the gradient of its output."""
     size = case.size
-    # On the device at once: the processor would be drawing the weights of the largest layer for many seconds.
+    # Directly on the device: drawing the largest layer's weights on the processor takes many seconds.
     with torch.random.fork_rng(devices=[case.device] if case.device.type == "cuda" else []), case.device:
         torch.manual_seed(case.seed)
         layer = SparseMLP(size.config()).to(case.dtype).train(case.mode == "training")
@@ -174,7 +174,7 @@ def measure_peak(case: Case, make: Factory, threads: int) -> float:
     """Peak extra memory of one call of a contender on the CPU, in MB; meant for a fresh process."""
     torch.set_num_threads(threads)
     layer, hidden, upstream = make_problem(case)
-    # A small call of another first: what the libraries load and keep is not the layer's, what a layer keeps is.
+    # First a small call of another layer: memory that libraries load and keep does not count, the layer's own does.
     other = make(make_problem(case)[0])
     _call(other.module, other.forward, case.mode, hidden[:, :2], upstream[:, :2])()
     del other
@@ -234,12 +234,12 @@ def _measure(
 def _make_all(
     factories: Mapping[str, Factory], layer: SparseMLP
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The contenders that can be made here, and why the others cannot."""
+    """The contenders that can be built here, and why the others cannot."""
     contenders, left_out = {}, {}
     for name, make in factories.items():
         try:
             contenders[name] = make(layer)
-        except Exception as error:  # whatever another library raises, the rest can be compared
+        except Exception as error:  # whatever another library raises, compare the rest
             if name == OURS:
                 raise
             left_out[name] = _one_line(error)
@@ -249,7 +249,7 @@ def _make_all(
 def _check(
     contenders: Mapping[str, Contender], mode: Mode, exact: list[Tensor], hidden: Tensor, upstream: Tensor
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Deviations from the float64 loop, and why some contenders have none. Warms them up, too."""
+    """Deviations from the float64 loop, and why some contenders have none. Also warms them up."""
     errors, wrong = {}, {}
     for name, contender in contenders.items():
         try:
@@ -260,7 +260,7 @@ def _check(
             if not error <= TOLERANCE[hidden.dtype][mode]:
                 raise ArithmeticError(f"{name} deviates from the float64 loop by {error:.1e} in {mode}")
             errors[name] = error
-        except Exception as failure:  # whatever another library raises, the rest can be compared
+        except Exception as failure:  # whatever another library raises, compare the rest
             if name == OURS:
                 raise
             wrong[name] = _one_line(failure)
@@ -274,7 +274,7 @@ def _one_line(error: Exception) -> str:
 
 def _peak(case: Case, make: Factory, contender: Contender, call: Callable[[], object]) -> float | None:
     if case.device.type == "cuda":
-        contender.module.zero_grad(set_to_none=True)  # the call before left its gradients
+        contender.module.zero_grad(set_to_none=True)  # the previous call left its gradients
         return cuda_peak_extra_mb(call)
     if not can_measure_memory():
         return None

@@ -1,8 +1,8 @@
-"""Sparse layers of other libraries, with the weights of ours, and fed our routing where they can be.
+"""Sparse layers of other libraries with our layer's weights and, where possible, our routing.
 
-Each function makes a contender of what is installed, and raises ImportError with one line that says what is missing.
-Experts of other libraries have no biases, which makes no difference: the benchmark's biases are zero. Those without a
-capacity also multiply the choices that found no room, with a gate of zero.
+Each function builds a contender from an installed library, or raises ImportError with one line on what is missing.
+Experts of other libraries have no biases, which makes no difference: the benchmark's biases are zero. Libraries
+without a capacity also compute the choices that found no room, with a gate of zero.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def reference_layer(layer: SparseMLP) -> Contender:
     """`NllbMoeSparseMLP` of transformers 4.x with the weights and the mode of `layer`.
 
     Raises:
-        ImportError: transformers is not installed, or is a release whose layer runs two experts only.
+        ImportError: transformers is not installed, or is a release whose layer runs only two experts.
         ValueError: the layer is not in float32.
     """
     hf_config, sparse_mlp = _import_reference()
     if layer.experts.w1.dtype != torch.float32:
-        raise ValueError("it rounds its probabilities before it compares them, and so routes otherwise")
+        raise ValueError("it rounds its probabilities before it compares them, so its routing differs")
     config = layer.config
     E, F, D = layer.experts.w1.shape
     fields = {
@@ -46,14 +46,14 @@ def reference_layer(layer: SparseMLP) -> Contender:
     module.router.classifier.weight = nn.Parameter(layer.router.classifier.weight.detach().clone())
     for e in range(E):
         expert = module.experts[f"expert_{e}"]
-        # Views, so that the comparison holds the weights once.
+        # Views, so that the weights are in memory only once.
         expert.fc1.weight = nn.Parameter(layer.experts.w1.detach()[e])
         expert.fc1.bias = nn.Parameter(layer.experts.b1.detach()[e])
         expert.fc2.weight = nn.Parameter(layer.experts.w2.detach()[e])
         expert.fc2.bias = nn.Parameter(layer.experts.b2.detach()[e])
 
     def forward(hidden: Tensor) -> Tensor:
-        # The module remembers its last capacity and would use it again; None means 2 * ceil(T / E).
+        # The module stores its last capacity and would reuse it; None means 2 * ceil(T / E).
         module.router.expert_capacity = None
         return module(hidden, None)[0]
 
@@ -66,7 +66,7 @@ def reference_layer(layer: SparseMLP) -> Contender:
 
 
 def reference_is_here() -> str | None:
-    """None if the reference can be imported, else what to do about it."""
+    """None if transformers' layer can be imported, else what to do about it."""
     try:
         _import_reference()
     except ImportError as error:
@@ -75,15 +75,15 @@ def reference_is_here() -> str | None:
 
 
 def transformers_experts(back_end: str, layer: SparseMLP) -> Contender:
-    """Stacked experts of transformers 5 in their back end "eager" or "grouped_mm".
+    """Stacked experts of transformers 5 with its back end "eager" or "grouped_mm".
 
-    These are Nemotron-H's, which compute what ours do. Mixtral's run on the same back ends, but are gated.
+    These are Nemotron-H's, which compute the same function as ours. Mixtral's use the same back ends but are gated.
     """
-    mend = "its stacked experts are in release 5, which needs an environment of its own"
-    transformers = _import("transformers", mend)
+    fix = "stacked experts need release 5, in a separate environment"
+    transformers = _import("transformers", fix)
     if transformers.__version__.startswith("4."):
-        raise ImportError(f"transformers {transformers.__version__} is here: {mend}")
-    nemotron = _import("transformers.models.nemotron_h.modeling_nemotron_h", mend)
+        raise ImportError(f"transformers {transformers.__version__} is installed: {fix}")
+    nemotron = _import("transformers.models.nemotron_h.modeling_nemotron_h", fix)
     E, F, D = layer.experts.w1.shape
     config = transformers.NemotronHConfig(
         hidden_size=D, n_routed_experts=E, moe_intermediate_size=F, mlp_hidden_act="relu"
@@ -107,7 +107,7 @@ def transformers_experts(back_end: str, layer: SparseMLP) -> Contender:
 def st_moe(layer: SparseMLP) -> Contender:
     """The layer of st-moe-pytorch: its dispatch, its loop over experts and its combine, around our feed-forwards.
 
-    Its one-hot tensors get as many slots as the fullest expert has rows, so that nothing is dropped or wasted.
+    Its one-hot tensors get as many slots as the busiest expert has rows, so that nothing is dropped or wasted.
     """
     library = _import("st_moe_pytorch", "`pip install st-moe-pytorch`")
     E, F, D = layer.experts.w1.shape
@@ -132,7 +132,7 @@ def st_moe(layer: SparseMLP) -> Contender:
 
 
 class _OneHotGate(nn.Module):
-    """Our routing in the form of st-moe-pytorch's: (dispatch, combine, balance loss, z-loss)."""
+    """Our routing in the format of st-moe-pytorch: (dispatch, combine, balance loss, z-loss)."""
 
     def __init__(self, router: Top2Router) -> None:
         super().__init__()
@@ -172,8 +172,8 @@ def scattermoe(layer: SparseMLP) -> Contender:
 def megablocks(layer: SparseMLP) -> Contender:
     """MegaBlocks' dropless layer (Gale et al. 2022) with its grouped products, which need a GPU."""
     require_gpu(layer)
-    mend = "`pip install megablocks grouped_gemm`"
-    dmoe, arguments = _import("megablocks.layers.dmoe", mend), _import("megablocks.layers.arguments", mend)
+    fix = "`pip install megablocks grouped_gemm`"
+    dmoe, arguments = _import("megablocks.layers.dmoe", fix), _import("megablocks.layers.arguments", fix)
     E, F, D = layer.experts.w1.shape
     dtype = layer.experts.w1.dtype
     module = dmoe.dMoE(
@@ -185,7 +185,7 @@ def megablocks(layer: SparseMLP) -> Contender:
             activation_fn=torch.nn.functional.relu,
             moe_num_experts=E,
             moe_top_k=2,
-            moe_loss_weight=0,  # it would keep every step's scores for the loss
+            moe_loss_weight=0,  # otherwise it keeps every step's scores for the loss
             mlp_impl="grouped",
             fp16=dtype == torch.float16,
             bf16=dtype == torch.bfloat16,
@@ -205,7 +205,7 @@ def megablocks(layer: SparseMLP) -> Contender:
 
 
 class _ScoresGate(nn.Module):
-    """Our routing in the form of MegaBlocks': (scores, expert weights, expert indices)."""
+    """Our routing in the format of MegaBlocks: (scores, expert weights, expert indices)."""
 
     def __init__(self, router: Top2Router) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class _ScoresGate(nn.Module):
 
 
 def require_gpu(layer: SparseMLP) -> None:
-    """Raise ImportError where `layer` is not on a GPU."""
+    """Raise ImportError if `layer` is not on a GPU."""
     if layer.experts.w1.device.type != "cuda":
         raise ImportError("it needs a GPU")
 
@@ -237,21 +237,21 @@ def _without_biases(
     return Contender(nn.ModuleList([layer.router, module]).train(layer.training), forward, probes)
 
 
-def _import(name: str, mend: str) -> Any:
+def _import(name: str, fix: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"not installed: {mend}") from error
+        raise ImportError(f"not installed: {fix}") from error
 
 
 def _import_reference() -> tuple[Any, Any]:
-    mend = "run `pip install transformers==4.57.6` to compare with the reference"
+    fix = "run `pip install transformers==4.57.6` to compare with transformers"
     try:
         import transformers
         from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
     except ImportError as error:
-        raise ImportError(f"transformers with NLLB-MoE is not installed here: {mend}") from error
+        raise ImportError(f"transformers with NLLB-MoE is not installed here: {fix}") from error
     if not transformers.__version__.startswith("4."):
-        # Release 5 passes a one-hot mask as expert indices, so that experts 0 and 1 alone ever run.
-        raise ImportError(f"transformers {transformers.__version__} runs experts 0 and 1 only: {mend}")
+        # Release 5 passes a one-hot mask as expert indices, so that only experts 0 and 1 ever run.
+        raise ImportError(f"transformers {transformers.__version__} runs only experts 0 and 1: {fix}")
     return transformers.NllbMoeConfig, NllbMoeSparseMLP

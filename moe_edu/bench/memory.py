@@ -1,4 +1,4 @@
-"""Peak extra memory of one call: on the CPU as the system tells a fresh process, on a GPU as PyTorch counts it."""
+"""Peak extra memory of one call: on the CPU as the system reports it to a fresh process, on a GPU as PyTorch does."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def can_measure_memory() -> bool:
-    """Linux alone tells a process its peak and lets it reset it."""
+    """Only Linux lets a process read and reset its peak."""
     return _STATUS.exists() and _CLEAR_REFS.exists()
 
 
 def peak_extra_mb(call: Callable[[], object]) -> float:
-    """How far the resident memory rises above its present level during `call`, in MB (10^6 bytes).
+    """How far resident memory rises above its current level during `call`, in MB (10^6 bytes).
 
-    Memory that an earlier call freed may still be resident and be used again unseen: measure in a fresh process.
+    Memory that an earlier call freed may still be resident and be reused unnoticed: measure in a fresh process.
     """
     _CLEAR_REFS.write_text("5")  # resets VmHWM, see proc(5)
     before = status_mb("VmRSS")
@@ -38,7 +38,7 @@ def peak_extra_mb(call: Callable[[], object]) -> float:
 
 
 def cuda_peak_extra_mb(call: Callable[[], object]) -> float:
-    """How far PyTorch's memory on the GPU rises above its present level during `call`, in MB (10^6 bytes)."""
+    """How far PyTorch's GPU memory rises above its current level during `call`, in MB (10^6 bytes)."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""The whole translator against `transformers` with the same weights: training and generation, in tokens a second."""
+"""The whole translator and `transformers` with the same weights: training and generation in tokens per second."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOGITS_TOLERANCE = 1e-4  # largest deviation of the logits, relative to the larg
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both contenders' timings of the same work, and the tokens it holds, padding left out."""
+    """Both contenders' timings of the same work, and its number of tokens without padding."""
 
     ours: Timing
     reference: Timing
@@ -38,13 +38,13 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """How many times the reference's speed."""
+        """Our speed as a multiple of transformers'."""
         return self.reference.median_ms / self.ours.median_ms
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """`processes` are those that our model ran in; the reference has PyTorch's threads in one."""
+    """`processes` is the number that our model ran in; transformers uses PyTorch's threads in one process."""
 
     training: Comparison
     generation: Comparison
@@ -55,7 +55,7 @@ class ModelResult:
 def run_model_bench(
     *, batches: int, sentences: int, beams: int, repeats: int, processes: int | None, quick: bool = False
 ) -> ModelResult:
-    """Train on `batches` batches of the shipped corpus and translate `sentences`, both contenders in turn.
+    """Train on `batches` batches of the shipped corpus and translate `sentences` sentences, both contenders in turn.
 
     Raises:
         ArithmeticError: the two models disagree before training.
@@ -67,10 +67,10 @@ def run_model_bench(
     corpus = load_corpus(["eng_Latn", "fra_Latn", "ell_Grek"] if quick else None)
     tokenizer = Tokenizer.train(corpus.train.texts(), corpus.languages, settings.vocab_size)
     torch.manual_seed(settings.seed)
-    # The reference knows no capacity factor.
+    # transformers has no capacity factor.
     model = MoETranslator(small_config(vocab_size=len(tokenizer), expert_capacity_factor=1.0))
 
-    # A trained model, which ends its sentences.
+    # A trained model, since it ends its sentences.
     shipped = load_pretrained(device="cpu")
     pairs = sample_examples(load_corpus(), "valid", [TARGET], sentences, settings.seed)
     (source,) = eval_batches(pairs, shipped.tokenizer, batch_tokens=10**9)
@@ -100,7 +100,7 @@ def make_reference(model: MoETranslator) -> nn.Module:
     fields = asdict(model.config)
     names = NllbMoeConfig().to_dict().keys() & fields.keys()
     reference = NllbMoeForConditionalGeneration(NllbMoeConfig(**{name: fields[name] for name in names}))
-    # Computed positions are in one state dict and not in the other; the logits show that all the rest has come.
+    # Only one state dict has the computed positions; equal logits show that everything else was loaded.
     reference.load_state_dict(model.hf_state_dict(), strict=False)
     return reference
 
@@ -113,7 +113,7 @@ def _compare_generation(
     threads: int,
     repeats: int,
 ) -> Comparison:
-    """Both translate the same sentences, the reference on `threads` threads."""
+    """Both translate the same sentences, transformers on `threads` threads."""
     reference: Any = make_reference(model).eval()
     model.eval()
     generate = model.generate if workers is None else workers.generate
@@ -133,7 +133,7 @@ def _compare_generation(
 
 @contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """Compute on `count` CPU threads meanwhile."""
+    """Compute on `count` CPU threads inside the `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -170,8 +170,10 @@ def _compare_training(
     threads: int,
     repeats: int,
 ) -> Comparison:
-    """Both train on the same batches with AdamW and clipping, the reference on `threads` threads; ours also balances
-    its experts and keeps metrics."""
+    """Both train on the same batches with AdamW and clipping, transformers on `threads` threads.
+
+    Ours also balances its experts and keeps metrics.
+    """
     reference = make_reference(model).train()
     optimizer = torch.optim.AdamW(reference.parameters(), settings.learning_rate, (0.9, 0.98), fused=True)
     trainer = Trainer(model, settings, workers=workers)
@@ -196,7 +198,7 @@ def _reference_step(
 ) -> None:
     for module in reference.modules():
         if hasattr(module, "expert_capacity"):
-            module.expert_capacity = None  # it would keep that of the first batch
+            module.expert_capacity = None  # otherwise it keeps the first batch's capacity
     optimizer.zero_grad(set_to_none=True)
     logits = reference(
         input_ids=batch.source_ids,
@@ -211,22 +213,22 @@ def _reference_step(
 
 
 def format_model_result(result: ModelResult) -> str:
-    """The table: tokens a second from the medians, and each call's median, fastest and slowest time."""
-    lines = [f"{'':12} {'tokens/s':>10} {'transformers':>13} {'speedup':>8}   ms a call [fastest-slowest]"]
+    """The table: tokens per second from the medians, and the median, fastest and slowest time of a call."""
+    lines = [f"{'':12} {'tokens/s':>10} {'transformers':>13} {'speedup':>8}   ms per call [fastest-slowest]"]
     for name, part in (("training", result.training), (f"beams {result.beams}", result.generation)):
         speeds = [part.tokens / timing.median_ms * 1e3 for timing in (part.ours, part.reference)]
-        spreads = " beside ".join(
+        spreads = " and ".join(
             f"{t.median_ms:.0f} [{t.fastest_ms:.0f}-{t.slowest_ms:.0f}]" for t in (part.ours, part.reference)
         )
         lines.append(f"{name:12} {speeds[0]:10.0f} {speeds[1]:13.0f} {part.speedup:7.2f}x   {spreads}")
     lines.append(
         f"moe_edu runs in {result.processes} process(es), transformers in one with all threads. Training counts\n"
-        "source and target tokens, generation those written, padding neither."
+        "source and target tokens, generation the tokens written, both without padding."
     )
     return "\n".join(lines)
 
 
 def write_model_json(path: Path, machine: Machine, result: ModelResult) -> None:
-    """Every number of the table, and those behind it."""
+    """Every number in the table, and those it comes from."""
     speedups = {"training": result.training.speedup, "generation": result.generation.speedup}
     write_json(path, machine, result=asdict(result), speedup=speedups)

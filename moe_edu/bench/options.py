@@ -37,15 +37,15 @@ def _parse_integers(_: click.Context, parameter: click.Parameter, text: str) -> 
         values = ()
     if not values or min(values) < 1:
         raise click.BadParameter(
-            f"{text!r}: give positive whole numbers with commas between, like 8,32", param=parameter
+            f"{text!r}: give positive whole numbers separated by commas, such as 8,32", param=parameter
         )
     return values
 
 
 def _require_folder(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Before minutes of measuring, not after."""
+    """Check before minutes of measuring, not after."""
     if path is not None and not path.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {path.parent}: make it first", param=parameter)
+        raise click.BadParameter(f"there is no folder {path.parent}: create it first", param=parameter)
     return path
 
 
@@ -53,7 +53,7 @@ def _require_svg(context: click.Context, parameter: click.Parameter, path: Path 
     _require_folder(context, parameter, path)
     if path is not None and path.suffix != ".svg":
         raise click.BadParameter(
-            f"{path.name}: the plot is an SVG picture; end its name in .svg", param=parameter
+            f"{path.name}: the plot is an SVG picture; its name must end in .svg", param=parameter
         )
     return path
 
@@ -67,7 +67,7 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(("float32", "bfloat16")), default="float32", show_default=True
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1), default=None, help="CPU threads; by default PyTorch's choice."
+    "--threads", type=click.IntRange(1), default=None, help="CPU threads; PyTorch chooses by default."
 )
 memory_option = click.option(
     "--memory/--no-memory", default=True, show_default=True, help="Also measure peak memory."
@@ -89,5 +89,7 @@ plot_option = click.option(
     help="Draw the results into this SVG file.",
 )
 quick_option = click.option(
-    "--quick", is_flag=True, help="Tiny sizes, one repeat: shows that it works, measures nothing."
+    "--quick",
+    is_flag=True,
+    help="Tiny sizes and one repeat: a test that the benchmark runs, not a measurement.",
 )

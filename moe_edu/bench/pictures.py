@@ -1,8 +1,8 @@
-"""The picture of each benchmark: its results as rows of marks or as curves."""
+"""The pictures of the layer and model benchmarks: results as rows of marks or as curves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moe_edu.bench.curve import Curve
@@ -11,11 +11,10 @@ from moe_edu.bench.plot import Panel, Row, Sample, curves_svg, dots_svg
 from moe_edu.bench.report import Machine, format_machine
 from moe_edu.bench.timing import Timing
 
-if TYPE_CHECKING:  # they bring in the corpus and the browser
-    from moe_edu.bench.explorers import Redraw
+if TYPE_CHECKING:  # it imports the corpus
     from moe_edu.bench.model import ModelResult
 
-_MS = "milliseconds a call: median, fastest to slowest"
+_MS = "milliseconds per call: median, fastest to slowest"
 
 
 def layer_svg(results: Sequence[LayerResult], machine: Machine) -> str:
@@ -41,9 +40,9 @@ def curve_svg(curves: Sequence[Curve], machine: Machine) -> str:
             "roofline": {x: Sample(result.roofline_ms) for x, result in points.items()},
             "dense, same work": {x: _sample(result.dense) for x, result in points.items()},
         }
-        panels.append(Panel(curve.title, curve.x_title, "milliseconds a call", times))
+        panels.append(Panel(curve.title, curve.x_title, "milliseconds per call", times))
     for curve in curves:
-        # Nothing below zero has a place on a logarithmic axis.
+        # A logarithmic axis shows only positive values.
         memory = {x: Sample(r.extra_mb) for x, r in curve.points.items() if r.extra_mb and r.extra_mb > 0}
         if memory:
             panels.append(Panel(curve.title, curve.x_title, "extra MB, without gradients", {OURS: memory}))
@@ -58,20 +57,6 @@ def model_svg(result: ModelResult, machine: Machine) -> str:
         for label, part in parts.items()
     ]
     return dots_svg("The small translator", format_machine(machine), _MS, rows)
-
-
-def explorers_svg(results: Iterable[Redraw], machine: Machine) -> str:
-    """From key press to redraw, in the page and through Python."""
-    rows: dict[str, dict[str, Sample]] = {}
-    for result in results:
-        sample = Sample(result.median_ms, result.median_ms, result.slowest_ms)
-        rows.setdefault(result.name, {})[result.way] = sample
-    return dots_svg(
-        "From key press to redraw",
-        format_machine(machine),
-        "milliseconds: median to slowest",
-        [Row(name, samples) for name, samples in rows.items()],
-    )
 
 
 def _sample(timing: Timing) -> Sample:

@@ -1,8 +1,8 @@
-"""Benchmark results as one SVG picture that stands alone: any browser opens it, and a README can show it.
+"""Benchmark results as one self-contained SVG picture: any browser opens it, and a README can show it.
 
-A series has a colour, a mark and a dash of its own, so that none depends on colour. Whiskers reach from the fastest to
-the slowest call. All axes are logarithmic: equal ratios are equally far apart. Where marks meet, the series that was
-named first lies on top.
+Each series has its own colour, mark and dash, so that none depends on colour alone. Whiskers reach from the fastest to
+the slowest call. All axes are logarithmic: equal ratios are equally far apart. Where marks overlap, the series that was
+named first is on top.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Sample(NamedTuple):
-    """One measurement: a median and, where it was repeated, the least and the largest value. All positive."""
+    """One measurement: a median and, if it was repeated, the smallest and the largest value. All are positive."""
 
     value: float
     low: float | None = None
@@ -23,14 +23,14 @@ class Sample(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured for one size, task or explorer, by the name of each series."""
+    """The measurements for one size, task or explorer, by series."""
 
     label: str
     samples: Mapping[str, Sample]
 
 
 class Panel(NamedTuple):
-    """Curves over a shared axis: for each series its measurements at each x."""
+    """Curves over a shared axis: each series' measurements at each x."""
 
     title: str
     x_title: str
@@ -46,7 +46,7 @@ _SHAPES = (
     "M-4,-4 h8 v8 h-8 z",  # square
     "M0,-5 L5,4 H-5 z",  # triangle
     "M0,-5 L5,0 L0,5 L-5,0 z",  # diamond
-    "M0,5 L5,-4 H-5 z",  # triangle on its tip
+    "M0,5 L5,-4 H-5 z",  # triangle pointing down
     "M-4,-4 L4,4 M-4,4 L4,-4",  # cross
     "M-5,0 H5 M0,-5 V5",  # plus
     "M-5,-2 h10 v4 h-10 z",  # bar
@@ -55,13 +55,13 @@ _INK, _FRAME, _GRID = "#1a1a1a", "#8a8a8a", "#e2e2e2"
 _WIDTH, _MARGIN = 760, 24
 _ROW_HEIGHT, _PANEL_HEIGHT = 22, 250
 _TITLE_HEIGHT, _LEGEND_HEIGHT = 58, 22
-_CHARACTER = 6.6  # of 12 pixel text, at most
+_CHARACTER = 6.6  # the largest width in 12 pixel text
 
 Scale = Callable[[float], float]
 
 
 def dots_svg(title: str, note: str, x_title: str, rows: Sequence[Row]) -> str:
-    """One line of marks a row over a shared axis; `note` names the machine."""
+    """One line of marks per row over a shared axis; `note` names the machine."""
     names = list(dict.fromkeys(name for row in rows for name in row.samples))
     legend, top = _legend(names)
     bottom = top + _ROW_HEIGHT * len(rows)
@@ -139,7 +139,7 @@ def _vertical_axis_lines(scale: Scale, ticks: Sequence[float], top: float, botto
 
 
 def _legend(names: Sequence[str]) -> tuple[str, float]:
-    """The marks with their names, and the height at which the picture below them may begin."""
+    """The marks with their names, and the height at which the picture below them can begin."""
     parts, x, y = [], float(_MARGIN), float(_TITLE_HEIGHT + 14)
     for style, name in enumerate(names):
         width = 46 + _CHARACTER * len(name)
@@ -154,7 +154,7 @@ def _legend(names: Sequence[str]) -> tuple[str, float]:
 
 
 def _log_axis(samples: Sequence[Sample], start: float, end: float) -> tuple[Scale, list[float]]:
-    """Value to pixel, and round values within reach: the wider the reach, the fewer."""
+    """The scale from value to pixel, and round tick values: the wider the range, the fewer."""
     values = [v for sample in samples for v in sample if v is not None]
     low, high = min(values) / 1.15, max(values) * 1.15
     length = math.log(high / low)
@@ -192,7 +192,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, color: str, width: float =
 
 
 def _mark(x: float, y: float, style: int, label: str) -> str:
-    """The mark of a series; a pointer that rests on it reads `label`."""
+    """The mark of a series; hovering over it shows `label`."""
     color, shape = _COLORS[style % len(_COLORS)], _SHAPES[style % len(_SHAPES)]
     return (
         f'<path d="{shape}" transform="translate({x:.1f} {y:.1f})" fill="{color}" stroke="{color}" '
@@ -201,5 +201,5 @@ def _mark(x: float, y: float, style: int, label: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits where it is small, all of them where it is large: 0.25, 1.5, 512, 12,300."""
+    """Three digits if the number is small, all digits if it is large: 0.25, 1.5, 512, 12,300."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Benchmark results as text and as JSON, with the machine they come from."""
+"""Benchmark results as text and as JSON, with the machine that they come from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INDENT = " " * 38
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the numbers come from."""
+    """The machine that the numbers come from."""
 
     processor: str
     cores: int
@@ -58,7 +58,7 @@ def format_machine(machine: Machine) -> str:
 
 def format_missing(missing: Mapping[str, str]) -> str:
     """One line for each contender that cannot be compared here."""
-    return "\n".join(f"without {name}: {reason}" for name, reason in missing.items())
+    return "\n".join(f"{name} is left out: {reason}" for name, reason in missing.items())
 
 
 def format_header() -> str:
@@ -66,7 +66,7 @@ def format_header() -> str:
 
 
 def format_row(result: LayerResult) -> str:
-    """Our line of the table, then one for each contender beside it."""
+    """Our line of the table, then one line for each other contender."""
     ours, size = result.ours, result.size
     lines = [
         f"{result.mode:9} {result.dtype:8} {size.experts:4} {size.tokens:6} {size.d_model:5}  {OURS:26} "
@@ -83,11 +83,11 @@ def format_row(result: LayerResult) -> str:
 
 
 def format_summary(results: Sequence[LayerResult]) -> str:
-    """What the columns mean, and the figures over all sizes."""
+    """What the columns mean, and figures over all sizes."""
     if not results:
         return "nothing was measured"
     lines = [
-        "Medians, every contender in turn. Speedup: its time over ours. Dense: the dense network over as many rows; of",
+        "Medians; contenders run in turn. Speedup: its time / ours. Dense: the dense network over as many rows; of",
         "dense: dense / moe_edu. Roofline: the larger of dense and moving each touched weight at the copy bandwidth",
         "measured here (read once in inference; read twice and its gradient written once in training). Share: roofline",
         "/ moe_edu. MB: peak memory above the level before the call; in training it includes the gradients.",
@@ -99,7 +99,7 @@ def format_summary(results: Sequence[LayerResult]) -> str:
             ("of the dense network's speed", [result.of_dense for result in of_mode]),
         ):
             lines.append(
-                f"{mode}: {title} {statistics.median(values):.2f} in the median, {min(values):.2f} at least"
+                f"{mode}: {title} {statistics.median(values):.2f} in the median, at least {min(values):.2f}"
             )
         for name in dict.fromkeys(name for result in of_mode for name in result.others):
             beside = [result for result in of_mode if name in result.others]
@@ -113,13 +113,13 @@ def format_summary(results: Sequence[LayerResult]) -> str:
 
 
 def write_json(path: Path, machine: Machine, **parts: Any) -> None:
-    """The machine, and the parts of a benchmark: every number of its table, and those behind it."""
+    """Write the machine and the parts of a benchmark: every number in its table, and those it comes from."""
     document = {"machine": asdict(machine), **parts}
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def layer_result_to_dict(result: LayerResult) -> dict[str, Any]:
-    """The measurements, and what follows from them."""
+    """The measurements, and what is derived from them."""
     derived = ("memory_limit_ms", "roofline_ms", "roofline_share", "of_dense")
     beside = {
         name: {"speedup": result.speedup(name), "memory_ratio": result.memory_ratio(name)}

@@ -1,4 +1,4 @@
-"""Times of several functions, measured in turn, so that a busy moment hits them all."""
+"""Times of several functions, measured in turn, so that a busy moment affects them all."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Call the functions in turn, A B A B ..., and time each call.
 
-    A function sits out the rounds after it has used `seconds_each`, so that a very slow one is timed less often. Call
-    each once before, so that caches are warm and libraries loaded.
+    A function that has used `seconds_each` skips the remaining rounds, so that a very slow one is timed less often.
+    Call each once beforehand, so that caches are warm and libraries are loaded.
     """
     milliseconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""The benchmark runs and measures what it says. No test looks at how long anything took."""
+"""The benchmark runs and measures what it says. No test depends on how long anything took."""
 
 import contextlib
 import dataclasses
@@ -20,11 +20,10 @@ from moe_edu.bench import model as model_bench
 from moe_edu.bench.contenders import our_layer, with_backend
 from moe_edu.bench.curve import curve_sizes, format_curve, make_curves
 from moe_edu.bench.exact import exact_step, forward_error, gradient_error
-from moe_edu.bench.explorers import Redraw
+from moe_edu.bench.explorers import Redraw, explorers_svg
 from moe_edu.bench.layer import LIBRARIES, Case, Measured, explain_missing
 from moe_edu.bench.libraries import REFERENCE, reference_layer, scattermoe, st_moe, transformers_experts
 from moe_edu.bench.memory import can_measure_memory, in_fresh_process, peak_extra_mb
-from moe_edu.bench.pictures import explorers_svg
 from moe_edu.bench.plot import Panel, Row, Sample, curves_svg, dots_svg
 from moe_edu.bench.report import format_row, format_summary, this_machine
 from moe_edu.bench.timing import Timing, time_in_turn
@@ -65,7 +64,7 @@ class TestExactStep:
         exact = exact_step(layer, hidden, routing, upstream)
         assert gradient_error(make(layer), hidden, upstream, exact) < 1e-5
 
-    # About 12, 500 and 6000 rows an expert: inference multiplies few rows in another form, and very many in pieces.
+    # About 12, 500 and 6000 rows per expert: inference uses another form for few rows, and splits very many.
     @pytest.mark.parametrize("tokens", [24, 500, 6000])
     def test_inference_comes_close_to_it(self, tokens):
         layer, hidden, upstream, routing = make_problem(LayerSize(tokens, 2, 8, 12), False)
@@ -95,12 +94,12 @@ class TestRunLayerBench:
             assert result.ours.timing.repeats == reference.timing.repeats == 2
             assert result.weight_mb == pytest.approx(result.size.experts * (2 * 8 * 12 + 8 + 12) * 4 / 1e6)
 
-    def test_bf16_leaves_the_reference_out(self):
+    def test_bf16_leaves_transformers_out(self):
         (result,) = run_layer_bench(
             [TINY], modes=("training",), repeats=1, dtype=torch.bfloat16, memory=False
         )
         assert REFERENCE not in result.others
-        assert "routes otherwise" in result.left_out[REFERENCE]
+        assert "its routing differs" in result.left_out[REFERENCE]
         assert result.dtype == "bfloat16"
 
     def test_refuses_a_wrong_result(self, monkeypatch):
@@ -110,7 +109,7 @@ class TestRunLayerBench:
         with pytest.raises(ArithmeticError, match="moe_edu deviates from the float64 loop"):
             next(run_layer_bench([TINY], repeats=1, memory=False))
 
-    def test_leaves_out_another_contender_that_is_wrong_or_fails(self):
+    def test_leaves_out_a_contender_that_is_wrong_or_fails(self):
         def wrong(layer):
             return dataclasses.replace(our_layer(layer), forward=torch.neg)
 
@@ -124,7 +123,7 @@ class TestRunLayerBench:
             assert "Expected size" in result.left_out["failing"]
             assert "left out" in format_row(result)
 
-    def test_leaves_the_random_state_alone(self):
+    def test_does_not_change_the_random_state(self):
         torch.manual_seed(3)
         expected = torch.rand(1)
         torch.manual_seed(3)
@@ -169,7 +168,7 @@ class TestTimeInTurn:
         assert timings["a"].repeats == 3
         assert timings["a"].fastest_ms <= timings["a"].median_ms <= timings["a"].slowest_ms
 
-    def test_a_slow_function_sits_out(self):
+    def test_a_slow_function_skips_rounds(self):
         timings = time_in_turn(
             {"slow": lambda: time.sleep(0.02), "fast": lambda: None}, repeats=5, seconds_each=0.01
         )
@@ -177,13 +176,13 @@ class TestTimeInTurn:
         assert timings["fast"].repeats == 5
 
 
-@pytest.mark.skipif(not can_measure_memory(), reason="peak memory can be measured on Linux only")
+@pytest.mark.skipif(not can_measure_memory(), reason="peak memory can be measured only on Linux")
 class TestMemory:
     def test_sees_memory_that_a_call_takes_and_frees(self):
         assert 64 <= in_fresh_process(_peak_of_64_mb) < 80
 
-    def test_the_layer_needs_far_less_than_the_reference(self):
-        """The reference holds `[E, T, D]`: 134 MB here."""
+    def test_the_layer_needs_far_less_than_transformers(self):
+        """transformers holds `[E, T, D]`: 134 MB here."""
         size = LayerSize(tokens=2048, experts=64, d_model=256, ffn_dim=8)
         case = Case(size, "inference", torch.float32, torch.device("cpu"))
         ours, reference = (
@@ -193,7 +192,7 @@ class TestMemory:
         assert ours < reference / 4
 
     def test_gradients_are_part_of_a_training_step(self):
-        """Also those whose memory the layer keeps for its next step."""
+        """Even those whose memory the layer keeps for its next step."""
         size = LayerSize(tokens=64, experts=16, d_model=512, ffn_dim=1024)
         case = Case(size, "training", torch.float32, torch.device("cpu"))
         gradients_mb = 16 * 2 * 512 * 1024 * 4 / 1e6
@@ -206,7 +205,7 @@ def _peak_of_64_mb() -> float:
 
 
 class TestLibraries:
-    """What is installed is compared; of what is not, one line says why."""
+    """Installed libraries are compared; one line says why each of the others is not."""
 
     @pytest.mark.parametrize(
         ("make", "module"),
@@ -221,7 +220,7 @@ class TestLibraries:
     @pytest.mark.parametrize("training", [False, True])
     @pytest.mark.parametrize("back_end", ["eager", "grouped_mm"])
     def test_stacked_experts_of_release_5(self, back_end, training, monkeypatch):
-        """With a stand-in of its interface: releases 4 and 5 cannot stand in one environment."""
+        """With a stand-in for its interface: releases 4 and 5 cannot share an environment."""
         monkeypatch.setitem(sys.modules, "transformers", stand_in_for_release_5())
         monkeypatch.setitem(
             sys.modules, "transformers.models.nemotron_h.modeling_nemotron_h", sys.modules["transformers"]
@@ -234,13 +233,13 @@ class TestLibraries:
         exact[-2] = exact[-2] * 1.1
         assert gradient_error(contender, hidden, upstream, exact) > 1e-2
 
-    def test_st_moe_is_fed_our_routing(self, monkeypatch):
-        """With a stand-in of its layer, which einsums over one-hot tensors as the library's does."""
+    def test_st_moe_uses_our_routing(self, monkeypatch):
+        """With a stand-in for its layer, which multiplies one-hot tensors as the library does."""
         library = types.ModuleType("st_moe_pytorch")
         library.MoE = StandInForStMoe
         monkeypatch.setitem(sys.modules, "st_moe_pytorch", library)
         layer, hidden, upstream, routing = make_problem(TINY, training=True)
-        assert not routing.kept.all(), "choose sizes that drop something"
+        assert not routing.kept.all(), "choose sizes at which something is dropped"
         exact = exact_step(layer, hidden, routing, upstream)
         assert gradient_error(st_moe(layer), hidden, upstream, exact) < 1e-5
 
@@ -249,7 +248,7 @@ class TestLibraries:
             "scattermoe": "it needs a GPU"
         }
 
-    def test_the_reference_is_here(self):
+    def test_transformers_is_installed(self):
         assert REFERENCE not in explain_missing(LIBRARIES, torch.float32, "cpu")
 
 
@@ -301,7 +300,7 @@ class TestCurve:
         sizes = curve_sizes((2, 4), (8, 16), at_experts=4, at_tokens=8, d_model=8, ffn_dim=12)
         assert [(size.experts, size.tokens) for size in sizes] == [(2, 8), (4, 8), (4, 16)]
 
-    def test_growth_is_told_from_end_to_end(self):
+    def test_growth_is_reported_from_end_to_end(self):
         sizes = curve_sizes((2, 8), (24, 48), at_experts=2, at_tokens=24, d_model=8, ffn_dim=12)
         results = []
         for size, ms, mb in zip(sizes, (10.0, 12.0, 21.0), (4.0, 4.4, 8.0), strict=True):
@@ -356,7 +355,7 @@ class TestPlot:
         root = ElementTree.fromstring(curves_svg("t", "m", [panel, panel, panel]))
         assert len(root.findall(".//svg:polyline", SVG)) == 6
 
-    def test_explorers_have_a_row_each_and_a_mark_for_each_way(self):
+    def test_each_explorer_has_a_row_with_a_mark_for_each_way(self):
         results = [
             Redraw("a", "page", 1.0, 2.0, 4),
             Redraw("a", "python", 10.0, 12.0, 4),
@@ -386,11 +385,11 @@ class TestCommand:
         labels = [title.text for title in ElementTree.parse(plot).iterfind(".//svg:path/svg:title", SVG)]
         assert sum("moe_edu" in label for label in labels) > len(rows)
 
-    def test_compares_with_the_reference(self):
+    def test_compares_with_transformers(self):
         result = CliRunner().invoke(bench, ["layer", "--quick"])
         assert sum(line.strip().startswith(REFERENCE) for line in result.output.splitlines()) == 2
 
-    def test_says_what_to_do_without_the_reference(self, monkeypatch):
+    def test_says_what_to_do_without_transformers(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "transformers", None)
         result = CliRunner().invoke(bench, ["layer", "--quick"])
         assert result.exit_code == 0, result.output
@@ -403,18 +402,18 @@ class TestCommand:
         assert "positive whole numbers" in result.output
 
     @pytest.mark.parametrize("option", ["--json", "--plot"])
-    def test_refuses_a_folder_that_is_not_there_before_it_measures(self, option):
+    def test_refuses_a_missing_folder_before_it_measures(self, option):
         result = CliRunner().invoke(bench, ["layer", "--quick", option, "nowhere/file.svg"])
         assert result.exit_code == 2
-        assert "there is no folder nowhere: make it first" in result.output
+        assert "there is no folder nowhere: create it first" in result.output
         assert "ms" not in result.output
 
     def test_refuses_another_kind_of_picture(self):
         result = CliRunner().invoke(bench, ["curve", "--quick", "--plot", "curve.png"])
         assert result.exit_code == 2
-        assert "end its name in .svg" in result.output
+        assert "its name must end in .svg" in result.output
 
-    def test_draws_what_the_explorers_command_measured(self, monkeypatch, tmp_path):
+    def test_the_explorers_command_draws_its_results(self, monkeypatch, tmp_path):
         def measure(browser, names, presses):
             yield from (Redraw(name, "page", 1.0, 2.0, presses) for name in names)
 
@@ -434,11 +433,11 @@ class TestCommand:
         assert result.exit_code == 1
         assert result.output.splitlines()[-1].startswith("Error: Playwright is missing")
 
-    def test_gpu_refuses_in_one_line_where_there_is_none(self, monkeypatch):
+    def test_gpu_refuses_in_one_line_without_one(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         result = CliRunner().invoke(bench, ["gpu"])
         assert result.exit_code == 1
-        assert result.output.startswith("Error: there is no NVIDIA GPU")
+        assert result.output.startswith("Error: this PyTorch finds no NVIDIA GPU")
         assert result.output.count("\n") == 1
 
 
@@ -463,7 +462,7 @@ class TestModelBench:
         )
 
     def test_a_model_that_disagrees_is_not_timed(self, monkeypatch):
-        """Nobody is faster with other results."""
+        """A speed-up with different results does not count."""
         make = model_bench.make_reference
 
         def make_other(model):
