@@ -6,8 +6,10 @@ column per language, named by its FLORES-200 code. `moe_edu.data.build` makes it
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import NamedTuple
 
 from moe_edu.data.languages import require_languages
@@ -111,6 +113,32 @@ class Corpus:
             raise ValueError(f"name at least two languages, each once, not {', '.join(languages) or 'none'}")
         tables = [self.split(name).restrict(languages) for name in SPLITS]
         return Corpus(self.name, tuple(languages), *tables)
+
+
+def choose_phrases(
+    corpus: Corpus,
+    languages: Sequence[str],
+    kinds: Sequence[str],
+    *,
+    split: str = "valid",
+    to: str = "eng_Latn",
+    seed: int = 0,
+) -> list[SentencePair]:
+    """One random sentence of each of `kinds` from a split, taking the languages in turn.
+
+    Raises:
+        ValueError: the split has no sentence of a kind in its language.
+    """
+    rng = random.Random(seed)
+    chosen = []
+    for kind, language in zip(kinds, cycle(languages), strict=False):
+        pairs = [pair for pair in corpus.sentence_pairs(split, [language], [to]) if pair.kind == kind]
+        if not pairs:
+            raise ValueError(
+                f"the {split} split has no {kind!r} in {language}; its kinds are {set(corpus.split(split).kinds)}"
+            )
+        chosen.append(rng.choice(pairs))
+    return chosen
 
 
 def load_corpus(languages: Sequence[str] | None = None) -> Corpus:

@@ -1,1 +1,1 @@
-"""Small experiments with honest answers: what they ran, on how many seeds, and what came out, in `results/`."""
+"""Small experiments with honest answers. `results/` holds what they ran, on how many seeds, and the outcome."""

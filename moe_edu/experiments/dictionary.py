@@ -1,8 +1,8 @@
-"""The pocket dictionary: does a model with more experts remember more words, at equal work a word?
+"""The pocket dictionary: does a model with more experts remember more words, at equal work per word?
 
-An encoder reads `[language] characters </s>`, its outputs are averaged, and a linear layer names the concept among 400.
-Two questions are asked of it: does it know the pairs it was trained on (recall), and can it name words that were held
-out (a guess from languages that spell the concept alike)?
+An encoder reads `[language] characters </s>`, its outputs are averaged, and a linear layer picks one of 400 concepts.
+Two questions are asked: does it know the pairs it was trained on (recall), and can it name held-out words (by guessing
+from languages with a similar spelling)?
 
 Shapes: N names, B batch, S sequence, D model width, E experts.
 """
@@ -29,8 +29,10 @@ from moe_edu.moe.router_losses import load_balancing_loss, router_z_loss
 from moe_edu.moe.routing import RouterOutput, count_per_expert
 
 EOS, PAD, UNKNOWN = 0, 1, 2  # the ids before those of languages and characters
-POOL_BATCHES = 8  # so many batches' names are sorted by length together, which spares half of the padding
-CURVE_EVERY = 50  # steps that one point of the loss curve averages
+POOL_BATCHES = (
+    8  # the names of this many batches are sorted by length together, which saves half of the padding
+)
+CURVE_EVERY = 50  # steps averaged into one point of the loss curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +41,12 @@ class DictionarySettings:
 
     Attributes:
         experts: E of both layers; 1 makes the dense twin.
-        dense_width: feed-forward width of the dense twin. A sparse layer runs two experts of `expert_width` a token,
-            as much work as a dense layer of twice that width.
+        dense_width: feed-forward width of the dense twin. A sparse layer runs two experts of `expert_width` per
+            token, as much work as a dense layer of twice that width.
         expert_width: feed-forward width of each expert.
         steps: optimizer steps.
         seed: of weights and data order.
-        learning_rate: at the top of the schedule: linear warm-up, then a cosine to zero.
+        learning_rate: the peak of the schedule: linear warm-up, then a cosine to zero.
         capacity_factor: training capacity of an expert over `2 * ceil(T / E)`, T counting padding; in evaluation
             nothing is dropped.
         balance: weight of the load-balancing loss.
@@ -92,7 +94,7 @@ class Spelling:
         self.size = UNKNOWN + 1 + len(symbols)
 
     def encode(self, entries: Sequence[Entry]) -> EncodedNames:
-        """`[language] characters </s>`, padded to the longest; a character never trained on becomes UNKNOWN."""
+        """`[language] characters </s>`, padded to the longest; a character not seen in training becomes UNKNOWN."""
         rows = [
             [self.ids[entry.language], *(self.ids.get(c, UNKNOWN) for c in entry.name), EOS]
             for entry in entries
@@ -111,7 +113,7 @@ class ConceptClassifier(nn.Module):
         self.head = nn.Linear(settings.d_model, num_concepts)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, tuple[RouterOutput, ...]]:
-        """`ids [B, S]`: logits `[B, concepts]` and the routing of the sparse layers."""
+        """`ids [B, S]` -> logits `[B, concepts]` and the routing of the sparse layers."""
         words = ids != PAD
         output = self.encoder(ids, words)
         mean = (output.last_hidden_state * words[:, :, None]).sum(1) / words.sum(1, keepdim=True)
@@ -119,7 +121,7 @@ class ConceptClassifier(nn.Module):
 
 
 def make_config(settings: DictionarySettings, vocab_size: int) -> MoEConfig:
-    """The encoder's configuration: both layers sparse, or both dense where there is one expert."""
+    """The encoder's configuration: both layers sparse, or both dense if there is one expert."""
     dense = settings.experts == 1
     return MoEConfig(
         vocab_size=vocab_size,
@@ -142,9 +144,9 @@ def make_config(settings: DictionarySettings, vocab_size: int) -> MoEConfig:
 
 
 class TrainedModel(NamedTuple):
-    """A trained model, what it was trained on and how.
+    """A trained model, its data and its settings.
 
-    `loss_curve` is the cross-entropy averaged over every `CURVE_EVERY` steps, `cpu_seconds` the processor time of the
+    `loss_curve` is the cross-entropy averaged over every `CURVE_EVERY` steps; `cpu_seconds` is the processor time of
     training.
     """
 
@@ -166,7 +168,7 @@ def run(
 def train_model(
     settings: DictionarySettings, dictionary: Dictionary | None = None, show_progress: bool = False
 ) -> TrainedModel:
-    """Train one model on `dictionary` (None: the shipped one). The caller's random state is left as it was."""
+    """Train one model on `dictionary` (None: the shipped one). The caller's random state does not change."""
     dictionary = load_dictionary() if dictionary is None else dictionary
     spelling = Spelling(dictionary)
     names = spelling.encode(dictionary.train)
@@ -180,10 +182,10 @@ def train_model(
 
 
 def examine(trained: TrainedModel) -> dict[str, Any]:
-    """What a trained model knows, as JSON values.
+    """What a trained model knows, in JSON values.
 
     Returns:
-        the settings; parameters all and active (those of a token's path); recall of the training names; accuracy on
+        the settings; all parameters and the active ones (on a token's path); recall of the training names; accuracy on
         the valid and test names, and on those test names whose spelling no training name of the same concept has;
         processor seconds and loss curve; and, for a sparse model, the share of choices that the training capacity
         drops and the share of first choices that the busiest expert of each layer takes.
@@ -243,13 +245,13 @@ def train(
 
 
 def learning_rate_at(settings: DictionarySettings, step: int) -> float:
-    """The rate of the 0-based `step`."""
+    """The learning rate at the 0-based `step`."""
     warmup = min(1.0, (step + 1) / max(settings.warmup, 1))
     return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
 def shuffled_batches(names: EncodedNames, size: int, generator: torch.Generator) -> Iterator[EncodedNames]:
-    """Batches of `size` names for ever: shuffled each epoch, then sorted by length within pools of a few batches."""
+    """Endless batches of `size` names: shuffled each epoch, then sorted by length within pools of a few batches."""
     while True:
         order = torch.randperm(len(names.lengths), generator=generator)
         for pool in order.split(size * POOL_BATCHES):
@@ -261,7 +263,7 @@ def shuffled_batches(names: EncodedNames, size: int, generator: torch.Generator)
 
 @torch.inference_mode()
 def named_right(model: ConceptClassifier, names: EncodedNames) -> Tensor:
-    """`[N]` bool: whose concept the model, in evaluation, puts first."""
+    """`[N]` bool: the names whose concept the model, in evaluation, ranks first."""
     model.eval()
     return torch.cat([model(b.ids)[0].argmax(1) == b.concepts for b in in_order(names)])
 
@@ -272,15 +274,15 @@ def in_order(names: EncodedNames) -> Iterator[EncodedNames]:
 
 
 def new_spellings(dictionary: Dictionary) -> Tensor:
-    """`[N]` bool over the test names: no training name of the same concept is spelled so in any language."""
+    """`[N]` bool over the test names: no training name of the concept has this spelling in any language."""
     known = {(entry.concept, entry.name.casefold()) for entry in dictionary.train}
     return torch.tensor([(entry.concept, entry.name.casefold()) not in known for entry in dictionary.test])
 
 
 @torch.inference_mode()
 def routing_summary(model: ConceptClassifier, names: EncodedNames) -> dict[str, Any]:
-    """What the training capacity drops, and how uneven the first choices are; empty for a dense model."""
-    model.train()  # for the training capacity: there is no dropout
+    """What the training capacity drops and how uneven the first choices are; empty for a dense model."""
+    model.train()  # to use the training capacity; there is no dropout
     made = kept = 0
     firsts: list[Tensor] = []
     by_length = names.lengths.argsort(stable=True)

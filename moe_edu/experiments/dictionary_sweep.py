@@ -1,6 +1,6 @@
-"""Run the pocket dictionary over experts, rates, capacities and controls, one JSON file a run:
+"""Run the pocket dictionary over experts, rates, capacities and controls, with one JSON file per run:
 
-python -m moe_edu.experiments.dictionary_sweep run --out runs        # resumes: what is there is not run again
+python -m moe_edu.experiments.dictionary_sweep run --out runs        # resumes: finished runs are kept
 python -m moe_edu.experiments.dictionary_sweep collect runs --to results.json
 python -m moe_edu.experiments.dictionary_sweep table                 # the results that ship
 """
@@ -15,13 +15,13 @@ from moe_edu.experiments.sweep import Plan, Sweep, make_command
 BASE = DictionarySettings()
 PLAN: Plan = {
     "experts": {f"experts-{e}": (replace(BASE, experts=e), 5) for e in (1, 2, 4, 8, 16, 32)},
-    # The dense twin with what the 32 experts take besides: their processor time, or the router's multiplications
-    # (32 * 24 a character and layer, as 16 more hidden units have).
+    # The dense twin with the additional cost of 32 experts: their processor time, or the router's multiplications
+    # (32 * 24 per character and layer, as many as those of 16 more hidden units).
     "controls": {
         "dense-equal-time": (replace(BASE, experts=1, steps=3000), 3),
         "dense-router-work": (replace(BASE, experts=1, dense_width=64), 3),
     },
-    # As many feed-forward weights as 16 experts, all of them active; at its own rate.
+    # As many feed-forward weights as 16 experts, all active, at its own learning rate.
     "wide": {
         f"dense-wide-rate-{rate:g}": (replace(BASE, experts=1, dense_width=384, learning_rate=rate), 3)
         for rate in (0.01, 0.02, 0.04)

@@ -1,11 +1,11 @@
 """English into 33 languages: does a translator whose decoder is sparse write better than its dense twin?
 
-python -m moe_edu.experiments.english_to_many run --out runs        # resumes: what is there is not run again
+python -m moe_edu.experiments.english_to_many run --out runs        # resumes: finished runs are kept
 python -m moe_edu.experiments.english_to_many collect runs --to results.json
 python -m moe_edu.experiments.english_to_many table                 # the results that ship
 
-Both read English with the same dense encoder and do the same work for each token. Each is tuned: the learning rate is
-the one with the best chrF++ on the validation split; the test split is for the comparison alone.
+Both read English with the same dense encoder and do the same work per token. Each is tuned: its learning rate is the
+one with the best chrF++ on the validation split; the test split is only for the comparison.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moe_edu.training.loop import train
 from moe_edu.training.settings import TrainingSettings
 
 SOURCE = "eng_Latn"
-VALID_SENTENCES = 990  # as many test sentences again, the same for every run
+VALID_SENTENCES = 990  # and as many test sentences, the same for every run
 EXAMPLES_SEED = 0
 
 
@@ -31,10 +31,10 @@ class EnglishToManySettings:
 
     Attributes:
         experts: E of the decoder's feed-forward layer; 1 makes the dense twin.
-        dense_width: feed-forward width of the dense twin. A sparse layer runs two experts of half that width a token.
+        dense_width: feed-forward width of the dense twin. A sparse layer runs two experts of half that width per token.
         steps: optimizer steps.
         seed: of weights and data order.
-        learning_rate: at the top of the schedule.
+        learning_rate: the peak of the schedule.
         capacity_factor: training capacity of an expert over `2 * ceil(T / E)`; in evaluation nothing is dropped.
         batch_tokens: as in `TrainingSettings`.
     """
@@ -49,7 +49,7 @@ class EnglishToManySettings:
 
 
 def model_fields(settings: EnglishToManySettings) -> dict[str, Any]:
-    """What differs from `small_config`: a dense encoder, and the decoder's layer sparse or twice as wide."""
+    """What differs from `small_config`: a dense encoder, and a decoder layer that is sparse or twice as wide."""
     dense = settings.experts == 1
     return {
         "encoder_sparse_step": 0,
@@ -61,7 +61,7 @@ def model_fields(settings: EnglishToManySettings) -> dict[str, Any]:
 
 
 def training_settings(settings: EnglishToManySettings, languages: tuple[str, ...]) -> TrainingSettings:
-    """How the translator is trained: as in lesson 7, from English alone."""
+    """How the translator is trained: as in lesson 7, but only from English."""
     return TrainingSettings(
         steps=settings.steps,
         seed=settings.seed,
@@ -84,8 +84,8 @@ def run(
     """Train one translator on `corpus` (None: the shipped one) and score it on `sentences` of each held-out split.
 
     Returns:
-        JSON values: the settings; parameters all and active (those of a token's path); chrF++ on validation and test
-        sentences, exact match and chrF++ by target language on the latter; processor seconds of the training.
+        JSON values: the settings; all parameters and the active ones (on a token's path); chrF++ on validation and test
+        sentences, exact match and chrF++ by target language on the latter; processor seconds of training.
     """
     corpus = load_corpus() if corpus is None else corpus
     how = training_settings(settings, corpus.languages)
@@ -116,7 +116,7 @@ def run(
 
 
 BASE = EnglishToManySettings()
-TUNED = 3e-3  # where the validation chrF++ of both peaks
+TUNED = 3e-3  # the rate at which both have their best validation chrF++
 PLAN: Plan = {
     "rates": {
         f"experts-{e}-rate-{rate:g}": (

@@ -1,8 +1,8 @@
-"""Two training runs to look through step by step: with the balancing loss, and without.
+"""Two training runs to look through step by step: with and without the balancing loss.
 
-Lesson 07's model, but six languages and 1,000 steps, so that both runs fit into a few minutes.
-`python -m moe_edu.experiments.learning_history` trains them and writes `results/learning_history.json`. One seed each:
-a history to look through, no measurement of a difference.
+This is lesson 07's model with six languages and 1,000 steps, so that both runs take only a few minutes.
+`python -m moe_edu.experiments.learning_history` trains them and writes `results/learning_history.json`. One seed
+each: a history to look through, not a measurement of a difference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moe_edu.data import Corpus, SentencePair, load_corpus
-from moe_edu.lessons.live import choose_phrases, translate_all
+from moe_edu.data.corpus import choose_phrases
 from moe_edu.model.pretrained import TextTranslator
 from moe_edu.training.loop import Record, train
 from moe_edu.training.settings import TrainingSettings
@@ -24,8 +24,8 @@ from moe_edu.training.settings import TrainingSettings
 HISTORY = Path(__file__).parent / "results" / "learning_history.json"
 BALANCE_WEIGHTS = (0.01, 0.0)
 LANGUAGES = ("arb_Arab", "deu_Latn", "eng_Latn", "fra_Latn", "hin_Deva", "jpn_Jpan")
-WINDOW = 20  # steps that one point of the curves averages over
-SNAPSHOT_EVERY = 100  # steps between two looks at the validation split; a multiple of WINDOW
+WINDOW = 20  # steps averaged into one point of the curves
+SNAPSHOT_EVERY = 100  # steps between evaluations on the validation split; a multiple of WINDOW
 PHRASES = (
     ("fra_Latn", "relative_time"),
     ("jpn_Jpan", "unit"),
@@ -55,10 +55,10 @@ def settings_of(balance_weight: float, steps: int = 1000) -> TrainingSettings:
 
 
 def watch(corpus: Corpus, settings: TrainingSettings, phrases: Sequence[SentencePair]) -> dict[str, Any]:
-    """Train, and keep what a reader wants to see again.
+    """Train and keep what the reader will look through.
 
     Returns:
-        `points`: one a window of WINDOW steps, with its last `step` and its means of `loss`, `load` [E] (share of the
+        `points`: one per window of WINDOW steps, with its last `step` and its means of `loss`, `load` [E] (share of the
         first choices) and `left_behind` (share of the tokens); `snapshots`: `step`, `chrf`, `translations`.
     """
     records: list[Record] = []
@@ -71,7 +71,10 @@ def watch(corpus: Corpus, settings: TrainingSettings, phrases: Sequence[Sentence
                 {
                     "step": record["step"],
                     "chrf": round(record["valid/chrf"], 1),
-                    "translations": translate_all(translator, phrases),
+                    "translations": [
+                        translator.translate(phrase.source, source=phrase.source_language)  # into English
+                        for phrase in phrases
+                    ],
                 }
             )
             print(
@@ -90,7 +93,7 @@ def watch(corpus: Corpus, settings: TrainingSettings, phrases: Sequence[Sentence
 
 
 def summarize(window: Sequence[Record]) -> dict[str, Any]:
-    """The means over some log lines, and the step of the last."""
+    """The means over a window of log lines, and the step of the last line."""
     loads = torch.tensor([next(iter(record["expert_load"].values())) for record in window])
     left_behind = [record["experts/fraction_tokens_left_behind"] for record in window]
     return {

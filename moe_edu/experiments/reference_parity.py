@@ -1,7 +1,7 @@
-"""What `transformers` 4.57.6 computes with the model that ships: live where it is installed, else from saved values.
+"""What `transformers` 4.57.6 computes with the model that ships: live if it is installed, else from saved values.
 
-`python -m moe_edu.experiments.reference_parity` runs the reference and writes `results/reference_parity.json`, so that
-lesson 06 can compare without it. Other releases are not taken: from 5.0 on they compute something else (lesson 10).
+`python -m moe_edu.experiments.reference_parity` runs transformers and writes `results/reference_parity.json`, so
+that lesson 06 can compare without it. Other releases are not used: from 5.0 on they compute something else (lesson 10).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MAX_NEW_TOKENS = 24
 
 
 class Values(NamedTuple):
-    """What a model makes of PHRASES.
+    """What a model computes for PHRASES.
 
     Attributes:
-        origin: who computed them.
+        origin: what computed them.
         hidden: `[N, D]`, the encoder's last hidden state at the N real tokens of both phrases.
         gradient_norms: of the loss of writing ANSWER, by Hugging Face's names.
-        ids: what greedy search and a beam of four generate, `[4, L]`, padded.
+        ids: what greedy search and beam search with four beams generate, `[4, L]`, padded.
     """
 
     origin: str
@@ -61,7 +61,7 @@ def make_case(translator: TextTranslator) -> Case:
 
 
 def our_values() -> Values:
-    """The shipped model through `moe_edu`."""
+    """The shipped model run by `moe_edu`."""
     translator = load_pretrained(device="cpu")
     model, case = translator.model, make_case(translator)
     output = model(case.ids, case.mask, case.decoder_ids)
@@ -80,7 +80,7 @@ def our_values() -> Values:
 
 
 def reference_values() -> Values:
-    """The shipped model through the reference: computed now if RELEASE is installed, else read from SAVED."""
+    """The shipped model run by transformers: now if RELEASE is installed, else read from SAVED."""
     return live_values() if reference_is_installed() else saved_values()
 
 
@@ -92,7 +92,7 @@ def reference_is_installed() -> bool:
 
 
 def live_values() -> Values:
-    """Run the reference.
+    """Run transformers.
 
     Raises:
         ImportError: `transformers` is not installed.
@@ -114,7 +114,7 @@ def live_values() -> Values:
     ids = [
         reference.generate(case.ids, attention_mask=case.mask, num_beams=beams, **options) for beams in (1, 4)
     ]
-    origin = f"transformers {RELEASE}, computed here and now"
+    origin = f"transformers {RELEASE}, computed now"
     return _values(origin, output.encoder_last_hidden_state, gradients, ids, case)
 
 
@@ -136,12 +136,12 @@ def answer_loss(logits: Tensor, case: Case) -> Tensor:
 
 
 def model_digest() -> str:
-    """Of the shipped weights: saved values are of these and no others."""
+    """Identifies the shipped weights: saved values belong to these and no others."""
     return hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def _gradients_by_hf_name(model: MoETranslator) -> dict[str, Tensor]:
-    """Each weight's gradient; an expert's is its slice of the stack's."""
+    """Each weight's gradient; an expert's is its slice of the stacked gradient."""
     mirror = copy.deepcopy(model)
     with torch.no_grad():
         for slot, parameter in zip(mirror.parameters(), model.parameters(), strict=True):

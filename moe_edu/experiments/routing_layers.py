@@ -1,9 +1,9 @@
 """A translator whose four encoder layers are all sparse, and how it routes a few sentences through them.
 
-The model that ships has one sparse encoder layer; this one exists to be looked at. Five languages into English, four
-layers of eight experts, the losses of lesson 07. `python -m moe_edu.experiments.routing_layers` trains it (some two
-minutes on one free CPU core) and writes `results/routing_layers.json`: every choice and gate of the trained model, and
-of the same model before its first step.
+The model that ships has one sparse encoder layer; this one exists to be looked at. It translates five languages into
+English, with four layers of eight experts and the losses of lesson 07. `python -m moe_edu.experiments.routing_layers`
+trains it (about two minutes on one free CPU core) and writes `results/routing_layers.json`: every choice and gate of
+the trained model, and of the same model before its first step.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MOST_TOKENS = 12
 
 
 def choose_sentences(corpus: Corpus, translator: TextTranslator) -> list[SentencePair]:
-    """The longest validation sentence of each of SHOWN that has at most MOST_TOKENS tokens, and the six words."""
+    """For each of SHOWN the longest validation sentence of at most MOST_TOKENS tokens; then the six words."""
     chosen = []
     for language, kind in SHOWN:
         pairs = [p for p in corpus.sentence_pairs("valid", [language], ["eng_Latn"]) if p.kind == kind]
@@ -94,7 +94,7 @@ def main() -> None:
     corpus = load_corpus(LANGUAGES)
     result = train(corpus, SETTINGS, model_fields=MODEL_FIELDS, test_sentences=300)
     trained = result.translator
-    torch.manual_seed(SETTINGS.seed)  # as train() begins
+    torch.manual_seed(SETTINGS.seed)  # as at the start of train()
     untrained = TextTranslator(MoETranslator(trained.model.config).eval(), trained.tokenizer)
     sentences = []
     for pair in choose_sentences(corpus, trained):

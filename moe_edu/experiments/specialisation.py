@@ -1,4 +1,4 @@
-"""Do experts specialise by language? Three models, each beside its untrained twin, over several seeds.
+"""Do experts specialise by language? Three models, each compared with its untrained twin, over several seeds.
 
     python -m moe_edu.experiments.specialisation MODEL --out FOLDER
 
@@ -7,9 +7,9 @@
     decoder       a translator between ten languages, sparse on both sides
 
 Each writes `specialisation_<model>.json` with everything that the lesson shows: the settings, and for every seed the
-information that the chosen expert holds about language, script, family, token and position (bits, and beside it the
-same after shuffling), the language x expert table, co-activation, and for one seed the words behind each cell.
-`letters` also writes the model of its first seed, and what happens when experts are left out.
+information that the chosen expert holds about language, script, family, token and position (in bits, and the same
+after shuffling), the language x expert table, co-activation, and for one seed the words of each cell. `letters` also
+writes the model of its first seed, and what happens when experts are left out.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from moe_edu.training.settings import TrainingSettings
 
 RESULTS = Path(__file__).parent / "results"
 MASK_SHARE = 0.4
-TEST_SENTENCES = 500  # of those that chrF++ is measured on
+TEST_SENTENCES = 500  # on which chrF++ is measured
 KEEP = (16, 12, 8, 4, 2, 1)
 
 LETTER_SETTINGS = TrainingSettings(
@@ -83,7 +83,7 @@ def load_results(model: str, directory: Path = RESULTS) -> dict[str, Any]:
 
 
 def write_results(directory: Path, model: str, result: dict[str, Any]) -> Path:
-    """Write compact JSON, one line a run."""
+    """Write compact JSON, one line per run."""
     directory.mkdir(parents=True, exist_ok=True)
     head = {name: value for name, value in result.items() if name != "runs"}
     lines = [json.dumps(run, ensure_ascii=False, separators=(",", ":")) for run in result["runs"]]
@@ -94,7 +94,7 @@ def write_results(directory: Path, model: str, result: dict[str, Any]) -> Path:
 
 
 def sample_sentences(table: Table, per_language: int, seed: int = 0) -> list[Sentence]:
-    """As many sentences of each language, drawn at random, in the order of the languages."""
+    """`per_language` random sentences of each language, in the order of the languages."""
     by_language: dict[str, list[Sentence]] = {language: [] for language in table.languages}
     for sentence in sentences_of(table):
         by_language[sentence.language].append(sentence)
@@ -109,7 +109,7 @@ def sample_sentences(table: Table, per_language: int, seed: int = 0) -> list[Sen
 def sample_pairs(
     corpus: Corpus, sources: Sequence[str], targets: Sequence[str], each: int, seed: int = 0
 ) -> list[SentencePair]:
-    """As many test pairs of each direction, drawn at random."""
+    """`each` random test pairs of each direction."""
     draw = random.Random(seed)
     pairs = []
     for source in sources:
@@ -130,7 +130,7 @@ def run_letter_seed(
     keep: Sequence[int],
     with_words: bool,
 ) -> tuple[LetterModel, dict[str, Any]]:
-    """Train one encoder, measure it beside its untrained twin, and leave experts out."""
+    """Train one encoder, measure it and its untrained twin, and leave experts out."""
     alphabet = Alphabet.learn(corpus.train)
     config = letter_config(alphabet, **fields)
     model = train_letter_model(corpus.train, alphabet, settings, mask_share=MASK_SHARE, config=config)
@@ -204,18 +204,25 @@ def main(threads: int) -> None:
 
 
 def measuring_options(each: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that all three experiments have."""
+    """The options of all three experiments."""
     return _options(
         click.option(
-            "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder."
+            "--out",
+            type=click.Path(path_type=Path, file_okay=False),
+            required=True,
+            help="Folder for the results.",
         ),
-        click.option("--permutations", type=click.IntRange(0), default=PERMUTATIONS, help="Shuffles."),
-        click.option("--each", type=click.IntRange(1), default=each, help="Test sentences of each language."),
+        click.option(
+            "--permutations", type=click.IntRange(0), default=PERMUTATIONS, help="Number of shuffles."
+        ),
+        click.option(
+            "--each", type=click.IntRange(1), default=each, help="Test sentences per language or direction."
+        ),
     )
 
 
 def training_options(settings: TrainingSettings) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of those that train."""
+    """The options of the experiments that train."""
     return _options(
         click.option("--steps", type=click.IntRange(1), default=settings.steps, help="Steps of training."),
         click.option("--seeds", default="0,1,2", callback=parse_numbers, help="Comma-separated."),
@@ -238,7 +245,7 @@ def parse_numbers(_: click.Context, parameter: click.Parameter, text: str) -> tu
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise click.BadParameter(
-            f"{text!r}: give whole numbers with commas between, like 0,1,2", param=parameter
+            f"{text!r}: give whole numbers separated by commas, such as 0,1,2", param=parameter
         ) from None
 
 
@@ -291,10 +298,10 @@ def letters(
 )
 @measuring_options(each=60)
 def translator(models: tuple[Path, ...], each: int, permutations: int, out: Path) -> None:
-    """Measure translators into English: the one that ships, and others that `moe-edu train` made.
+    """Measure translators into English: the one that ships, and others that `moe-edu train` wrote.
 
-    Those of the shipped results were made with moe-edu train --learning-rate 3e-3 --warmup-steps 600, and with
-    --seconds 150 --seed 7 (3,490 steps there) or --steps 3490 --seed 8.
+    Those in the shipped results were trained with moe-edu train --learning-rate 3e-3 --warmup-steps 600 and either
+    --seconds 150 --seed 7 (3,490 steps on that machine) or --steps 3490 --seed 8.
     """
     corpus = load_corpus()
     pairs = sample_pairs(corpus, corpus.languages, ["eng_Latn"], each)
@@ -327,7 +334,7 @@ def translator(models: tuple[Path, ...], each: int, permutations: int, out: Path
 def decoder(
     seeds: tuple[int, ...], steps: int, each: int, permutations: int, out: Path, languages: str
 ) -> None:
-    """Train translators between all pairs of some languages, with experts in encoder and decoder."""
+    """Train translators between all pairs of some languages, with experts in the encoder and the decoder."""
     corpus = load_corpus(languages.split(","))
     settings = replace(DECODER_SETTINGS, steps=steps, languages=corpus.languages)
     pairs = sample_pairs(corpus, corpus.languages, corpus.languages, each)
@@ -356,7 +363,7 @@ def decoder(
 
 
 def _echo_lines(run: dict[str, Any]) -> None:
-    """Bits, and in brackets the bits that chance gives, of every measured layer."""
+    """Print the bits of every measured layer, and those that chance gives in brackets."""
     for state in ("trained", "untrained"):
         measured = run[state]
         layers = {"": measured} if "information" in measured else measured

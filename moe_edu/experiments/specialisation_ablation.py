@@ -1,4 +1,4 @@
-"""What the letters' encoder can still restore when experts are missing: one at a time, or all but a few.
+"""What the letter model can still restore without some experts: without one at a time, or all but a few.
 
 Shapes: N tokens, E experts, G languages.
 """
@@ -38,9 +38,9 @@ class LetterPass:
     """One pass over masked sentences.
 
     Attributes:
-        tokens: letters, digits, signs and spaces of all sentences.
-        masked: `[N]` bool, those that were hidden.
-        restored: `[N]` bool, those that were hidden and named right.
+        tokens: the letters, digits, signs and spaces of all sentences.
+        masked: `[N]` bool, the hidden ones.
+        restored: `[N]` bool, the hidden ones that were named correctly.
     """
 
     tokens: RoutedTokens
@@ -61,7 +61,7 @@ class LetterPass:
 def run_letters(
     model: LetterModel, sentences: Sequence[Sentence], mask_share: float = 0.4, seed: int = 0
 ) -> LetterPass:
-    """Mask `sentences`, restore them and note the routing. Equal arguments mask equal letters, whatever the model."""
+    """Mask `sentences`, restore them and record the routing. The same letters are masked for every model."""
     alphabet, encoder = model.alphabet, model.encoder
     words = WordIndex(alphabet)
     parts, masked, restored = [], [], []
@@ -78,7 +78,7 @@ def run_letters(
         language = torch.tensor([alphabet.languages.index(s.language) for s in chosen])
         parts.append(
             RoutedTokens(
-                # A dense layer is one expert that everyone chooses.
+                # A dense layer is one expert that every token chooses.
                 num_experts=1 if routing is None else routing.num_experts,
                 expert_index=torch.tensor([[0, -1]]).expand(int(text.sum()), 2)
                 if routing is None
@@ -99,7 +99,7 @@ def run_letters(
 
 
 class WordIndex:
-    """Numbers the words of sentences: a word is a run of letters; digits and signs stand alone, spaces are no word."""
+    """Numbers the words of sentences: a run of letters, or a single digit or sign; spaces belong to no word."""
 
     def __init__(self, alphabet: Alphabet) -> None:
         self._letters = {
@@ -108,7 +108,7 @@ class WordIndex:
         self._numbers: dict[str, int] = {}
 
     def of_sentences(self, texts: Sequence[str], width: int) -> Tensor:
-        """`[B, width]` int64: the word of each letter, behind a tag; -1 for what is in no word."""
+        """`[B, width]` int64: the word of each letter, after a tag; -1 for what is in no word."""
         result = torch.full((len(texts), width), -1)
         for row, text in enumerate(texts):
             numbers = [number for word in self._split(text) for number in [self._number(word)] * len(word)]
@@ -148,7 +148,7 @@ def sparse_layer(model: LetterModel) -> SparseMLP:
 
 
 def ablate_each(model: LetterModel, sentences: Sequence[Sentence], how: Ablation) -> Tensor:
-    """Accuracy by language without each expert in turn: `[E, G]`."""
+    """Accuracy by language, without each expert in turn: `[E, G]`."""
     layer = sparse_layer(model)
     rows = []
     for expert in range(layer.config.num_experts):
@@ -158,7 +158,7 @@ def ablate_each(model: LetterModel, sentences: Sequence[Sentence], how: Ablation
 
 
 def ablation_report(model: LetterModel, sentences: Sequence[Sentence], how: Ablation) -> dict[str, Any]:
-    """What each missing expert costs each language, beside how much the language used it.
+    """What each missing expert costs each language, compared with how much the language used it.
 
     Returns:
         drop: `[E][G]`, accuracy lost; correlation of the drop with the share of the language's tokens that chose the
@@ -180,7 +180,7 @@ def ablation_report(model: LetterModel, sentences: Sequence[Sentence], how: Abla
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's r over all cells; 0 where one of them does not vary."""
+    """Pearson's r over all cells; 0 if one side does not vary."""
     r = float(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1])
     return r if math.isfinite(r) else 0.0
 
@@ -195,8 +195,8 @@ def prune(
 ) -> list[dict[str, Any]]:
     """Accuracy on `test` when only some experts are kept and every token takes the best two of those.
 
-    Which ones stay is decided on `valid`: the most active over all languages; for each language its own most active
-    ones; or, as a control, so many drawn at random.
+    The experts to keep are chosen on `valid`: the most active over all languages; each language's own most active ones;
+    or, as a control, the same number drawn at random.
 
     Returns:
         For each number in `keep`: "experts", "most_active", "most_active_of_each_language", and "random", a list.

@@ -1,6 +1,6 @@
 """An encoder that restores masked letters in many languages, small enough to train in a minute.
 
-It reads `[language] letters </s>`, one letter a token, of which a share is replaced by `_`, and names the missing ones
+It reads `[language] letters </s>`, one letter per token, with a share of the letters replaced by `_`, and names these
 (masked language modelling, Devlin et al. 2019, without its replaced or kept tokens). Its second layer has experts.
 Digits, signs and spaces are never masked: nobody could guess them.
 
@@ -48,7 +48,7 @@ _POOL = 2048  # sentences sorted by length together
 
 @dataclass(frozen=True)
 class Alphabet:
-    """Ids of the special tokens, one tag a language, and the letters, in this order."""
+    """Ids of the special tokens, one tag per language, and the letters, in this order."""
 
     languages: tuple[str, ...]
     letters: tuple[str, ...]
@@ -57,7 +57,7 @@ class Alphabet:
 
     @classmethod
     def learn(cls, table: Table, at_least: int = 10) -> Alphabet:
-        """Every character that occurs `at_least` so often in `table`, in the order of Unicode; not `_`."""
+        """Every character that occurs at least `at_least` times in `table`, in Unicode order, without `_`."""
         counts = Counter(char for text in table.texts() for char in text)
         letters = sorted(char for char, n in counts.items() if n >= at_least and char != MASK)
         return cls(table.languages, tuple(letters))
@@ -87,7 +87,7 @@ class Alphabet:
         }
 
     def encode(self, text: str, language: str) -> list[int]:
-        """`[language] letters </s>`; a letter that the alphabet lacks is `<unk>`, a `_` is a masked one.
+        """`[language] letters </s>`; a letter that the alphabet lacks becomes `<unk>`, and `_` is a masked letter.
 
         Raises:
             UnknownLanguageError: the model was not trained on `language`.
@@ -105,8 +105,8 @@ class Sentence(NamedTuple):
 class LetterBatch(NamedTuple):
     """B sentences.
 
-    ids: `[B, S]` int64 as they were written; masked: `[B, S]` bool, the letters to restore; attention_mask: `[B, S]`,
-    1 for tokens, 0 for padding.
+    ids: `[B, S]` int64, as written; masked: `[B, S]` bool, the letters to restore; attention_mask: `[B, S]`, 1 for
+    tokens, 0 for padding.
     """
 
     ids: Tensor
@@ -114,7 +114,7 @@ class LetterBatch(NamedTuple):
     attention_mask: Tensor
 
     def inputs(self, alphabet: Alphabet) -> Tensor:
-        """What the encoder sees: `ids` with the masked letters hidden."""
+        """What the encoder reads: `ids` with the masked letters hidden."""
         return self.ids.masked_fill(self.masked, alphabet.mask_id)
 
 
@@ -131,7 +131,7 @@ def sentences_of(table: Table) -> list[Sentence]:
 def make_batch(
     rows: Sequence[Sequence[int]], alphabet: Alphabet, share: float, generator: torch.Generator
 ) -> LetterBatch:
-    """Pad `rows` and choose each of their letters with probability `share`."""
+    """Pad `rows` and mask each of their letters with probability `share`."""
     ids, attention_mask = pad_ids(rows, alphabet.pad_id, torch.device("cpu"))
     masked = alphabet.maskable[ids] & (torch.rand(ids.shape, generator=generator) < share)
     return LetterBatch(ids, masked, attention_mask)
@@ -140,7 +140,7 @@ def make_batch(
 def make_test_batch(
     sentences: Sequence[Sentence], alphabet: Alphabet, share: float, seed: int = 0
 ) -> LetterBatch:
-    """As `make_batch`, but the letters chosen in a sentence depend on that sentence and the seed alone."""
+    """Like `make_batch`, but the letters masked in a sentence depend only on that sentence and the seed."""
     generator = torch.Generator()
     rows = [alphabet.encode(*sentence) for sentence in sentences]
     ids, attention_mask = pad_ids(rows, alphabet.pad_id, torch.device("cpu"))
@@ -154,7 +154,7 @@ def make_test_batch(
 def stream_batches(
     rows: Sequence[Sequence[int]], alphabet: Alphabet, share: float, batch_tokens: int, seed: int
 ) -> Iterator[LetterBatch]:
-    """Endless shuffled batches of at most `batch_tokens` tokens, padding included, masked anew each time."""
+    """Endless shuffled batches of at most `batch_tokens` tokens, padding included, with new masks each time."""
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     widths = np.array([len(row) for row in rows])
@@ -168,7 +168,7 @@ def stream_batches(
 
 
 def letter_config(alphabet: Alphabet, **fields: Any) -> MoEConfig:
-    """The encoder's shape: two layers, the second one with 16 experts; `fields` override."""
+    """The encoder's configuration: two layers, the second with 16 experts; `fields` override it."""
     defaults: dict[str, Any] = {
         "vocab_size": len(alphabet),
         "max_position_embeddings": 128,
@@ -198,11 +198,11 @@ class LetterModel:
 
     @torch.no_grad()
     def restore(self, text: str, language: str) -> str:
-        """Fill in every `_` of `text` with the likeliest letter.
+        """Replace every `_` in `text` by the most likely letter.
 
         Raises:
             UnknownLanguageError: the model was not trained on `language`.
-            ValueError: a text longer than the model's positions.
+            ValueError: the text is longer than the model's positions.
         """
         ids, mask = pad_ids([self.alphabet.encode(text, language)], self.alphabet.pad_id, torch.device("cpu"))
         logits = letter_logits(self.encoder, self.encoder(ids, mask).last_hidden_state[0, 1:-1])
@@ -214,7 +214,7 @@ class LetterModel:
         )
 
     def save(self, path: Path, dtype: torch.dtype = torch.float16) -> None:
-        """One safetensors file: weights, and configuration and alphabet in its header."""
+        """Write one safetensors file with the weights, and with configuration and alphabet in its header."""
         header = {"config": asdict(self.encoder.config), "alphabet": asdict(self.alphabet)}
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in self.encoder.state_dict().items()}
         save_file(tensors, path, metadata={name: json.dumps(value) for name, value in header.items()})
@@ -224,7 +224,7 @@ def load_letter_model(path: str | Path = SHIPPED) -> LetterModel:
     """The trained model that ships, or one that `LetterModel.save` wrote.
 
     Raises:
-        CheckpointError: nothing there, or a damaged file.
+        CheckpointError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -234,19 +234,19 @@ def load_letter_model(path: str | Path = SHIPPED) -> LetterModel:
         encoder = MoEEncoder(MoEConfig(**header["config"]))
         encoder.load_state_dict(tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is no letter model that can be read: {error}") from error
+        raise CheckpointError(f"{path} is not a readable letter model: {error}") from error
     return LetterModel(encoder.eval(), alphabet)
 
 
 def untrained_twin(model: LetterModel, seed: int = 0) -> LetterModel:
-    """A model of the same shape with fresh random weights."""
+    """A model of the same shape with new random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return replace(model, encoder=MoEEncoder(model.encoder.config).eval())
 
 
 def letter_logits(encoder: MoEEncoder, hidden: Tensor) -> Tensor:
-    """Scores of the alphabet for `hidden [..., D]`: `[..., V]`, by the embedding that also reads the letters."""
+    """Scores `[..., V]` of the alphabet for `hidden [..., D]`, using the embedding that also reads the letters."""
     return F.linear(hidden, encoder.embed_tokens.weight)
 
 
@@ -258,7 +258,7 @@ def train_letter_model(
     mask_share: float = 0.4,
     config: MoEConfig | None = None,
 ) -> LetterModel:
-    """Train on `table`; `settings` gives steps, seed, batch tokens, the schedule and the router losses' weights."""
+    """Train on `table`; `settings` gives steps, seed, batch tokens, schedule and the weights of the router losses."""
     rows = [alphabet.encode(*sentence) for sentence in sentences_of(table)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

@@ -1,4 +1,4 @@
-"""What every specialisation experiment measures: one routed token after the other, and tables of them for a report.
+"""What every specialisation experiment measures: the routing of single tokens, and tables of them for a report.
 
 Shapes: N tokens, E experts, G languages.
 """
@@ -23,16 +23,16 @@ PERMUTATIONS = 20
 class RoutedTokens:
     """N tokens of many sentences, and the experts that one sparse layer chose for each.
 
-    Padding, language tags and `</s>` are left out: a tag gives its language away.
+    Padding, language tags and `</s>` are left out: a tag reveals its language.
 
     Attributes:
         num_experts: E.
         expert_index: `[N, 2]` int64, as in `RouterOutput`.
         sentence: `[N]` int64.
-        language: `[N]` int64, a place in `languages`.
+        language: `[N]` int64, an index into `languages`.
         token: `[N]` int64, the id that the model read.
-        position: `[N]` int64, the place in the sentence.
-        word: `[N]` int64, a place in `words`: what a reader sees of the token; -1 where there is nothing to see.
+        position: `[N]` int64, the position in the sentence.
+        word: `[N]` int64, an index into `words`: what a reader sees of the token; -1 if nothing is visible.
         languages: G codes.
         words: texts.
     """
@@ -62,7 +62,7 @@ class RoutedTokens:
 
     @classmethod
     def join(cls, parts: Sequence[RoutedTokens]) -> RoutedTokens:
-        """The tokens of several batches, whose sentences are numbered throughout."""
+        """The tokens of several batches, whose sentences have consecutive numbers."""
         tensors = ("expert_index", "sentence", "language", "token", "position", "word")
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}
         return cls(parts[0].num_experts, **joined, languages=parts[0].languages, words=parts[0].words)
@@ -73,8 +73,10 @@ class RoutedTokens:
 
 
 def measure_specialisation(tokens: RoutedTokens, permutations: int = PERMUTATIONS) -> dict[str, Information]:
-    """What the first choice tells about language, script, family, token and position, and about the language beyond
-    what the token tells already ("language given token")."""
+    """What the first choice reveals about language, script, family, token and position.
+
+    "language given token" is what it reveals about the language beyond what the token reveals.
+    """
     expert = tokens.first_choice
     languages = [get_language(code) for code in tokens.languages]
     of_sentence = {
@@ -116,12 +118,12 @@ def words_behind_cells(tokens: RoutedTokens, most: int = 4) -> list[list[list[st
 
 
 def _most_common(counts: Counter[str], most: int) -> list[str]:
-    """As `Counter.most_common`, with ties in alphabetical order."""
+    """Like `Counter.most_common`, with ties in alphabetical order."""
     return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]]
 
 
 def report(tokens: RoutedTokens, permutations: int = PERMUTATIONS, words: bool = False) -> dict[str, Any]:
-    """One layer of one model as JSON: information, load by language, co-activation and, if asked for, words."""
+    """One layer of one model as JSON: information, load by language, co-activation and, on request, words."""
     measured = measure_specialisation(tokens, permutations)
     result: dict[str, Any] = {
         "tokens": len(tokens),
@@ -133,7 +135,7 @@ def report(tokens: RoutedTokens, permutations: int = PERMUTATIONS, words: bool =
 
 
 def information_json(measured: dict[str, Information]) -> dict[str, dict[str, float]]:
-    """Rounded to a ten-thousandth of a bit."""
+    """The information, rounded to a ten-thousandth of a bit."""
     return {
         name: {field: round(value, 4) for field, value in information._asdict().items()}
         for name, information in measured.items()
@@ -141,7 +143,7 @@ def information_json(measured: dict[str, Information]) -> dict[str, dict[str, fl
 
 
 def summary_line(name: str, information: dict[str, dict[str, float]]) -> str:
-    """One layer's information on one line: bits, and in brackets what chance gives."""
+    """One layer's information on one line: bits, and those that chance gives in brackets."""
     parts = (
         f"{label} {values['bits']:.3f} ({values['chance']:.3f})" for label, values in information.items()
     )

@@ -1,6 +1,6 @@
-"""Whom the experts of a translator serve: its routing over sentence pairs, encoder and decoder.
+"""Which tokens a translator's experts get: its routing over sentence pairs, in encoder and decoder.
 
-The decoder is fed the true translation, token by token, so that every model routes the same tokens.
+The decoder reads the true translation, token by token, so that every model routes the same tokens.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ MANY_TO_MANY = (
 
 
 class TranslatorRouting(NamedTuple):
-    """What a translator's last sparse layers did; None where that half has none.
+    """The routing of a translator's last sparse layers; None for a half without one.
 
     Attributes:
-        encoder: the source tokens; `language` is the language that is read.
-        decoder: the target tokens that the decoder reads; `language` is the language that is written.
-        decoder_source_language: `[N]` int64, for each token of `decoder` the language that was read.
+        encoder: the source tokens; `language` is the source language.
+        decoder: the target tokens that the decoder reads; `language` is the target language.
+        decoder_source_language: `[N]` int64, the source language of each token of `decoder`.
     """
 
     encoder: RoutedTokens | None
@@ -96,7 +96,7 @@ def _route(
 ) -> RoutedTokens:
     """The tokens of `ids [B, S]` that are text, and their choices; sentences are numbered from `start`."""
     B, S = ids.shape
-    text = ids > tokenizer.language_id(UNDETERMINED)  # special tokens and tags lie below
+    text = ids > tokenizer.language_id(UNDETERMINED)  # special tokens and tags have lower ids
     names = tuple(tokenizer.tokens(range(len(tokenizer))))
     visible = torch.tensor([name.strip(WORD_START) != "" for name in names])
     language = torch.tensor([tokenizer.languages.index(code) for code in languages])
@@ -115,7 +115,7 @@ def _route(
 
 
 def untrained_translator(trained: TextTranslator, seed: int) -> TextTranslator:
-    """A translator of the same shape and tokenizer with the random weights that a run with `seed` begins with."""
+    """A translator of the same shape and tokenizer with the random weights at the start of a run with `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return replace(trained, model=MoETranslator(trained.model.config).eval())
@@ -124,7 +124,7 @@ def untrained_translator(trained: TextTranslator, seed: int) -> TextTranslator:
 def train_translator(
     corpus: Corpus, settings: TrainingSettings, fields: Mapping[str, Any], test_sentences: int
 ) -> TrainingResult:
-    """`moe_edu.training.loop.train` in memory, without validation on the way."""
+    """`moe_edu.training.loop.train` in memory, without validation during training."""
     return train(
         corpus,
         replace(settings, eval_sentences=0),
@@ -141,7 +141,7 @@ def many_to_many_fields(**fields: Any) -> dict[str, Any]:
 
 
 def describe_config(config: MoEConfig) -> dict[str, Any]:
-    """The fields that tell models apart."""
+    """The fields in which the models differ."""
     names = (
         "d_model",
         "encoder_layers",

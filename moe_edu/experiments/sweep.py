@@ -1,7 +1,8 @@
-"""A plan of training runs: every cell on several seeds, one JSON file a run, collected into the results that ship."""
+"""A plan of training runs: every cell on several seeds, one JSON file per run, collected into the results that ship."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import platform
@@ -17,7 +18,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-import moe_edu
 from moe_edu.training.run import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,13 +28,13 @@ Plan = Mapping[str, Mapping[str, tuple[Any, int]]]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is run, and what is reported of it.
+    """What is run, and what is reported.
 
     Attributes:
-        name: the module that runs it, and the JSON file that its results ship in.
+        name: of the module that runs it, and of the JSON file with the results that ship.
         base: the settings that cells differ from, a dataclass with `steps` and `seed`.
-        plan: the cells, the most important first.
-        run: settings to result, JSON values with `settings`, `parameters` and `active_parameters`.
+        plan: the cells, most important first.
+        run: settings -> result, in JSON values with `settings`, `parameters` and `active_parameters`.
         measures: the numbers of a result that the table shows, with their decimals.
     """
 
@@ -46,12 +46,12 @@ class Sweep:
 
     @property
     def command(self) -> str:
-        """The command that makes the results."""
+        """The command that produces the results."""
         return f"python -m moe_edu.experiments.{self.name} run --out runs"
 
 
 class Summary(NamedTuple):
-    """Mean and sample standard deviation over `n` seeds; NaN where there is one run, which has no spread."""
+    """Mean and sample standard deviation over `n` seeds; the deviation of a single run is NaN."""
 
     mean: float
     deviation: float
@@ -70,14 +70,16 @@ def summarize(values: Iterable[float]) -> Summary:
 
 
 def load_results(name: str) -> dict[str, Any]:
-    """The results of a sweep that ship: `{"command", "base", "runs": [...]}`, each run as the sweep's `run` returns it,
-    with its `group`, `cell`, `versions` and `threads`."""
+    """The results of a sweep that ship: `{"command", "base", "runs": [...]}`.
+
+    Each run is what the sweep's `run` returns, with its `group`, `cell`, `versions` and `threads`.
+    """
     results: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return results
 
 
 def by_cell(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The runs of each cell, in the order in which they come."""
+    """The runs of each cell, in the given order."""
     cells: dict[str, list[Mapping[str, Any]]] = {}
     for result in runs:
         cells.setdefault(result["cell"], []).append(result)
@@ -85,7 +87,7 @@ def by_cell(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
 
 
 def format_table(runs: Iterable[Mapping[str, Any]], measures: Mapping[str, int]) -> str:
-    """One line a cell: parameters, and mean and deviation of every measure over the seeds."""
+    """One line per cell: parameters, and mean and deviation of every measure over the seeds."""
     lines = [f"{'cell':26}{'n':>3}{'parameters':>12}{'active':>10}" + "".join(f"{m:>20}" for m in measures)]
     for cell, results in by_cell(runs).items():
         line = f"{cell:26}{len(results):3}{results[0]['parameters']:12,}{results[0]['active_parameters']:10,}"
@@ -98,7 +100,7 @@ def format_table(runs: Iterable[Mapping[str, Any]], measures: Mapping[str, int])
 def make_command(sweep: Sweep) -> click.Group:
     """The commands `run`, `collect` and `table` of a sweep."""
 
-    @click.group(help=f"Run the sweep {sweep.name}, collect its results, show those that ship.")
+    @click.group(help=f"Run the sweep {sweep.name}, collect its results, or show those that ship.")
     def main() -> None:
         pass
 
@@ -111,11 +113,13 @@ def make_command(sweep: Sweep) -> click.Group:
         "groups",
         type=click.Choice(list(sweep.plan)),
         multiple=True,
-        help="Default: all, in order.",
+        help="Default: all groups, in order.",
     )
     @click.option("--cell", "cells", multiple=True, help="Only these cells.")
-    @click.option("--seeds", type=click.IntRange(1), default=None, help="Seeds a cell. Default: the plan's.")
-    @click.option("--steps", type=click.IntRange(1), default=None, help="Shorter runs, to try it out.")
+    @click.option(
+        "--seeds", type=click.IntRange(1), default=None, help="Seeds per cell. Default: the plan's."
+    )
+    @click.option("--steps", type=click.IntRange(1), default=None, help="Shorter runs, to try the sweep.")
     @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads.")
     def run_command(
         out: Path,
@@ -125,13 +129,13 @@ def make_command(sweep: Sweep) -> click.Group:
         steps: int | None,
         threads: int,
     ) -> None:
-        """Run what is missing in OUT, seed by seed, so that a stopped sweep has covered every cell of a group."""
+        """Run what is missing in OUT, seed by seed, so that a stopped sweep has covered all cells of a group alike."""
         torch.set_num_threads(threads)
         known = [cell for group in sweep.plan.values() for cell in group]
         unknown = sorted(set(cells) - set(known))
         if unknown:
             raise click.BadParameter(
-                f"no cell {unknown[0]!r}; there are {', '.join(known)}", param_hint="--cell"
+                f"no cell {unknown[0]!r}; choose from {', '.join(known)}", param_hint="--cell"
             )
         out.mkdir(parents=True, exist_ok=True)
         for group, cell, settings, path in tqdm(
@@ -148,13 +152,13 @@ def make_command(sweep: Sweep) -> click.Group:
     @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
     @click.option("--to", type=click.Path(path_type=Path, dir_okay=False), required=True)
     def collect(folder: Path, to: Path) -> None:
-        """Put the results in FOLDER into one file, in the order of the plan, and print their table."""
+        """Collect the results in FOLDER into one file, in the order of the plan, and print their table."""
         order = {cell: i for i, cell in enumerate(cell for group in sweep.plan.values() for cell in group)}
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*-seed-*.json")]
         found = Counter((run["cell"], run["settings"]["seed"]) for run in runs)
         if twice := [f"{cell} of seed {seed}" for (cell, seed), count in found.items() if count > 1]:
             raise click.ClickException(
-                f"{folder} holds {', '.join(twice)} more than once: move the runs away that --steps made shorter"
+                f"{folder} holds {', '.join(twice)} more than once: move away the runs that --steps shortened"
             )
         runs.sort(key=lambda result: (order[result["cell"]], result["settings"]["seed"]))
         write_json(
@@ -183,7 +187,7 @@ def missing_runs(
     seeds: int | None = None,
     steps: int | None = None,
 ) -> list[tuple[str, str, Any, Path]]:
-    """(group, cell, settings, file) of every run of the plan whose file is not in `out`; no groups or cells: all."""
+    """(group, cell, settings, file) of every run of the plan that is not in `out`; no groups or cells means all."""
     missing = []
     for group, jobs in plan.items():
         if groups and group not in groups:
@@ -200,19 +204,23 @@ def missing_runs(
 
 
 def count_parameters(model: nn.Module, experts: int) -> tuple[int, int]:
-    """(all, active): active leaves out the experts that a token does not choose."""
+    """(all, active): `active` excludes the experts that a token does not choose."""
     total = sum(parameter.numel() for parameter in model.parameters())
     in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     return total, total - in_experts * max(experts - 2, 0) // experts
 
 
 def versions() -> dict[str, str]:
-    """What a run was computed with."""
-    return {"moe_edu": moe_edu.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    """The versions that a run was computed with."""
+    return {
+        "moe_edu": importlib.metadata.version("moe-edu"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def rounded(value: Any) -> Any:
-    """JSON values with floats of at most five decimals: more than five seeds can tell apart."""
+    """JSON values with floats of at most five decimals: the seeds differ by more."""
     if isinstance(value, float):
         return round(value, 5)
     if isinstance(value, Mapping):

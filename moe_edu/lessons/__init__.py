@@ -4,7 +4,8 @@ from moe_edu.system.requirements import require_all
 
 require_all()  # before imports that would fail one by one
 
-from moe_edu.lessons.live import LiveTraining, choose_phrases  # noqa: E402
+from moe_edu.data.corpus import choose_phrases  # noqa: E402
+from moe_edu.lessons.live import LiveTraining  # noqa: E402
 from moe_edu.lessons.notebook import begin, check_parameters, claim, show  # noqa: E402
 from moe_edu.lessons.translate_box import translate_box  # noqa: E402
 

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from html import escape
-from itertools import cycle
 
 from IPython.display import clear_output
 
-from moe_edu.data import Corpus, SentencePair
+from moe_edu.data import SentencePair
 from moe_edu.figures.html import Snapshot, snapshots_html
 from moe_edu.figures.plots import training_figure
 from moe_edu.lessons.notebook import show
 from moe_edu.model.pretrained import TextTranslator
 from moe_edu.training.loop import Record
-
-
-def choose_phrases(
-    corpus: Corpus,
-    languages: Sequence[str],
-    kinds: Sequence[str],
-    *,
-    split: str = "valid",
-    target: str = "eng_Latn",
-    seed: int = 0,
-) -> list[SentencePair]:
-    """One random sentence of each of `kinds` from a split, taking the languages in turn.
-
-    Raises:
-        ValueError: the split has no sentence of a kind in its language.
-    """
-    rng = random.Random(seed)
-    chosen = []
-    for kind, language in zip(kinds, cycle(languages), strict=False):
-        pairs = [pair for pair in corpus.sentence_pairs(split, [language], [target]) if pair.kind == kind]
-        if not pairs:
-            raise ValueError(
-                f"the {split} split has no {kind!r} in {language}; its kinds are {set(corpus.split(split).kinds)}"
-            )
-        chosen.append(rng.choice(pairs))
-    return chosen
 
 
 class LiveTraining:

@@ -78,7 +78,7 @@ def test_padding_changes_nothing(small):
         torch.testing.assert_close(model(names.ids)[0], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_batches_hold_every_name_about_once_an_epoch(small):
+def test_batches_hold_every_name_about_once_per_epoch(small):
     names = Spelling(small).encode(small.train)
     numbered = names._replace(concepts=torch.arange(len(names.concepts)))
     batches = shuffled_batches(numbered, 16, torch.Generator().manual_seed(0))
@@ -96,7 +96,7 @@ def test_active_work_is_equal_whatever_the_experts(small, experts):
     dense = replace(QUICK, experts=1)
     dense_total, _ = count_parameters(ConceptClassifier(dense, spelling.size, 40), 1)
     assert total == sum(p.numel() for p in model.parameters())
-    # Beside the dense twin's, a character passes a router of D * E weights and a second output bias of D.
+    # In addition to the dense twin's work, a character passes a router of D * E weights and a second output bias of D.
     extra = 0 if experts == 1 else settings.layers * settings.d_model * (experts + 1)
     assert active == dense_total + extra
     assert (total == active) == (experts <= 2)
@@ -110,7 +110,7 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     assert rates[-1] < 1e-5
 
 
-def test_a_run_learns_and_is_the_same_again(small):
+def test_a_run_learns_and_repeats(small):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first, again = (run(QUICK, small) for _ in range(2))
@@ -132,7 +132,7 @@ def test_only_a_sparse_model_reports_routing_and_a_tight_capacity_drops(small):
     assert all(0.25 <= busiest <= 1 for busiest in loose["busiest_expert"])
 
 
-def test_a_trained_model_names_what_it_is_shown(small):
+def test_a_trained_model_names_the_training_names(small):
     trained = train_model(replace(QUICK, steps=100), small)
     known = [e for e in small.train if e.language == "deu_Latn"]
     logits, routing = trained.model.eval()(trained.spelling.encode(known).ids)
@@ -141,7 +141,7 @@ def test_a_trained_model_names_what_it_is_shown(small):
     assert len(routing) == 2
 
 
-def test_new_spellings_are_those_that_no_trained_name_has():
+def test_new_spellings_are_those_of_no_training_name():
     dictionary = load_dictionary()
     new = new_spellings(dictionary)
     assert 0.5 < new.float().mean() < 0.95
@@ -179,7 +179,7 @@ def test_a_sweep_resumes_and_is_collected(small, monkeypatch, tmp_path):
     assert "no cell 'experts-3'" in wrong.output
 
 
-def test_a_summary_says_how_many():
+def test_a_summary_says_how_many_runs_it_has():
     assert summarize([1.0, 3.0]) == (2.0, pytest.approx(2**0.5), 2)
     assert summarize([1.0, 3.0]).text(1) == "2.0 ± 1.4"
     assert summarize([1.0]).text() == "1.000 (one run)"
@@ -197,22 +197,22 @@ def test_the_shipped_results_are_of_this_plan():
             assert set(SWEEP.measures) <= result.keys()
 
 
-def test_the_shipped_results_say_what_the_lesson_says():
+def test_the_shipped_results_support_the_lesson():
     cells = by_cell(load_results(SWEEP.name)["runs"])
     recall = {cell: summarize(r["recall"] for r in results) for cell, results in cells.items()}
     test = {cell: summarize(r["test"] for r in results) for cell, results in cells.items()}
     rising = [recall[f"experts-{e}"].mean for e in (2, 4, 8, 16, 32)]
     assert rising == sorted(rising)
-    # More experts remember more, far beyond the seeds' spread; what they guess of unseen pairs moves far less.
+    # More experts remember more, far beyond the spread over seeds; their guesses on unseen pairs improve far less.
     gain = recall["experts-32"].mean - recall["experts-1"].mean
     assert gain > 10 * max(recall["experts-32"].deviation, recall["experts-1"].deviation)
     assert abs(test["experts-32"].mean - test["experts-1"].mean) < gain / 10
-    # The placebo, in which nothing is routed, hardly differs from dense.
+    # The placebo, which routes nothing, hardly differs from dense.
     assert abs(recall["experts-2"].mean - recall["experts-1"].mean) < gain / 10
 
 
-def test_a_run_that_was_tried_out_is_none_of_the_sweep(tmp_path):
-    """It leaves the real one to be made, and is refused beside it."""
+def test_a_shortened_run_is_not_part_of_the_sweep(tmp_path):
+    """The full run is still missing, and collecting both is refused."""
     (*_, shorter), (*_, whole) = (missing_runs(PLAN, tmp_path, steps=steps)[0] for steps in (3, None))
     shorter.write_text("{}", "utf-8")
     assert missing_runs(PLAN, tmp_path)[0][-1] == whole

@@ -27,7 +27,7 @@ def test_active_work_is_equal_whatever_the_experts(experts):
     dense_total, dense_active = count_parameters(models[1], 1)
     assert dense_total == dense_active == sum(p.numel() for p in models[1].parameters())
     assert total == sum(p.numel() for p in models[experts].parameters())
-    # Beside the dense twin's, a token passes a router of D * E weights and a second output bias of D.
+    # In addition to the dense twin's work, a token passes a router of D * E weights and a second output bias of D.
     assert active == dense_total + 128 * experts + 128
     assert (total == active) == (experts == 2)
 
@@ -38,7 +38,7 @@ def test_english_is_read_and_every_other_language_written():
     assert settings.targets == ("fra_Latn", "ell_Grek")
 
 
-def test_a_run_is_the_same_again_and_scores_every_language():
+def test_a_run_repeats_and_scores_every_language():
     corpus = load_corpus([SOURCE, "fra_Latn", "ell_Grek"])
     settings = replace(QUICK, experts=4)
     first, again = (run(settings, corpus, sentences=12) for _ in range(2))
@@ -62,11 +62,14 @@ def test_the_shipped_results_are_of_this_plan():
 
 
 @pytest.mark.parametrize("experts", [1, 16])
-def test_both_are_compared_at_the_rate_that_suits_them_on_the_validation_split(experts):
+def test_both_are_compared_at_their_best_rate_on_the_validation_split(experts):
     cells = by_cell(load_results(SWEEP.name)["runs"])
     tried = {cell: runs for cell, runs in cells.items() if cell.startswith(f"experts-{experts}-rate-")}
     assert len(tried) >= 3
     tuned = max(tried, key=lambda cell: summarize(run["valid_chrf"] for run in tried[cell][:2]).mean)
     rates = sorted(runs[0]["settings"]["learning_rate"] for runs in tried.values())
-    assert rates[0] < tried[tuned][0]["settings"]["learning_rate"] < rates[-1], "the best rate is at an end"
+    assert rates[0] < tried[tuned][0]["settings"]["learning_rate"] < rates[-1], (
+        "the best rate is at an end of the "
+    )
+    "range"
     assert len(tried[tuned]) == 5

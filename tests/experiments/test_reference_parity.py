@@ -1,4 +1,4 @@
-"""The reference's values: those that are saved are those that it computes, and ours agree with both."""
+"""The saved values are those that transformers computes, and ours agree with both."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_saved_values_are_ours(ours):
     assert_equal_values(saved_values(), ours)
 
 
-def test_live_values_are_ours_and_the_saved_ones(ours):
+def test_live_values_equal_ours_and_the_saved_ones(ours):
     pytest.importorskip("transformers")
     live = live_values()
     assert_equal_values(live, ours)
@@ -53,12 +53,12 @@ def test_every_expert_has_its_gradient(ours):
     assert torch.tensor(list(ours.gradient_norms.values())).isfinite().all()
 
 
-@pytest.mark.parametrize(("installed", "origin"), [(True, "here and now"), (False, "saved values")])
+@pytest.mark.parametrize(("installed", "origin"), [(True, "computed now"), (False, "saved values")])
 def test_the_lesson_runs_with_and_without_transformers(monkeypatch, installed, origin):
     monkeypatch.setattr(reference_parity, "reference_is_installed", lambda: installed)
     assert origin in reference_values().origin
 
 
-def test_another_release_is_not_taken(monkeypatch):
+def test_another_release_is_not_used(monkeypatch):
     monkeypatch.setattr(reference_parity, "version", lambda package: "5.23.0")
     assert not reference_parity.reference_is_installed()

@@ -53,7 +53,7 @@ def routed(language, expert, word, languages=LANGUAGES):
 
 
 class TestMeasures:
-    def test_experts_that_follow_the_script_tell_script_and_nothing_more(self):
+    def test_experts_that_follow_the_script_reveal_only_the_script(self):
         # English and French share expert 0, Russian has expert 1.
         tokens = routed([0, 1, 2, 2] * 50, [0, 0, 1, 1] * 50, [0] * 200)
         measured = measure_specialisation(tokens, permutations=5)
@@ -63,7 +63,7 @@ class TestMeasures:
         assert measured["family"].bits == 0  # all three are Indo-European
         assert measured["position"].entropy == pytest.approx(1)
 
-    def test_words_behind_a_cell_are_its_most_frequent(self):
+    def test_words_of_a_cell_are_its_most_frequent(self):
         tokens = routed([1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 0, 0], [0, 1, 1, 0, -1, 2])
         cells = words_behind_cells(tokens, most=1)
         assert cells == [[["May"], []], [["juin"], ["mai"]], [[], []]]
@@ -78,7 +78,7 @@ class TestMeasures:
 
 
 class TestTranslators:
-    def test_the_shipped_encoder_is_routed_as_route_does(self):
+    def test_the_shipped_encoder_is_routed_as_by_route(self):
         translator = load_pretrained(device="cpu")
         pairs = load_corpus(("fra_Latn", "eng_Latn")).sentence_pairs("test", ["fra_Latn"])[:5]
         routing = route_pairs(translator, pairs)
@@ -118,7 +118,7 @@ class TestTranslators:
             source = routing.decoder_source_language[tokens.sentence == i]
             assert {tokens.languages[code] for code in source.tolist()} == {pair.source_language}
 
-    def test_the_untrained_translator_is_where_training_begins(self):
+    def test_the_untrained_translator_has_the_first_weights_of_training(self):
         corpus = load_corpus(("fra_Latn", "eng_Latn"))
         settings = TrainingSettings(
             steps=1, seed=4, vocab_size=400, batch_tokens=100, learning_rate=1e-30, weight_decay=0
@@ -130,7 +130,7 @@ class TestTranslators:
 
 
 class TestSamples:
-    def test_as_many_of_each_language_and_the_same_every_time(self):
+    def test_the_same_number_of_each_language_and_the_same_every_time(self):
         table = load_corpus(LANGUAGES).test
         sentences = sample_sentences(table, 5)
         assert [s.language for s in sentences] == [code for code in LANGUAGES for _ in range(5)]
@@ -177,7 +177,7 @@ class TestCommands:
         assert first["trained"]["encoder"]["load"] == second["trained"]["encoder"]["load"]
         assert "words" not in second["trained"]["encoder"]
 
-    def test_seeds_that_are_no_numbers_are_refused(self):
+    def test_seeds_that_are_not_numbers_are_refused(self):
         result = CliRunner().invoke(main, ["letters", "--seeds", "one"])
         assert result.exit_code == 2
         assert "whole numbers" in result.output
@@ -206,7 +206,7 @@ class TestShippedResults:
     def test_three_seeds_or_more(self, model):
         assert len({(run.get("model"), run["seed"]) for run in shipped(model)["runs"]}) >= 3
 
-    def test_the_information_is_that_of_the_table_beside_it(self, model):
+    def test_the_information_is_that_of_its_table(self, model):
         for _, _, _, report in layers(model):
             load = torch.tensor(report["load"])
             assert load.shape == (len(shipped(model)["languages"]), shipped(model)["config"]["num_experts"])
@@ -215,13 +215,13 @@ class TestShippedResults:
                 mutual_information(load), abs=1e-4
             )
 
-    def test_every_number_is_finite_and_no_information_passes_its_entropy(self, model):
+    def test_every_number_is_finite_and_no_information_exceeds_its_entropy(self, model):
         for _, _, _, report in layers(model):
             for values in report["information"].values():
                 assert all(math.isfinite(value) for value in values.values())
                 assert 0 <= values["bits"] <= values["entropy"] + 1e-4
 
-    def test_words_stand_behind_every_cell_of_the_first_run(self, model):
+    def test_every_cell_of_the_first_run_has_words(self, model):
         first = shipped(model)["runs"][0]
         for run, _, _, report in layers(model):
             assert ("words" in report) == (run is first)
@@ -234,7 +234,7 @@ class TestShippedResults:
 
 
 class TestClaims:
-    """What lesson 08 says of these results."""
+    """What lesson 08 says about these results."""
 
     def test_letters_experts_follow_the_language(self):
         for run in shipped("letters")["runs"]:
@@ -246,18 +246,18 @@ class TestClaims:
             assert hidden[0]["bits"] - hidden[0]["chance"] > 1.5
             assert hidden[1]["bits"] - hidden[1]["chance"] < 0.1
 
-    def test_the_translators_encoder_tells_next_to_nothing(self):
+    def test_the_translators_encoder_reveals_next_to_nothing(self):
         for run in shipped("translator")["runs"]:
             assert run["chrf"] > 80
             assert above_chance(run["trained"]["encoder"]) < 0.05
 
-    def test_who_uses_an_expert_most_misses_it_most(self):
+    def test_the_heaviest_user_of_an_expert_loses_most_without_it(self):
         for run in shipped("letters")["runs"]:
             report = run["ablation"]["reroute"]
             assert report["correlation_of_drop_and_use"] > 0.3
             assert report["mean_drop_of_the_heaviest_user"] > 2 * report["mean_drop_of_the_others"]
 
-    def test_pruning_must_ask_each_language(self):
+    def test_pruning_must_consider_each_language(self):
         for run in shipped("letters")["runs"]:
             whole = run["trained"]["accuracy"]
             for row in run["pruning"]:

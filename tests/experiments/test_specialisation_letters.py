@@ -1,4 +1,4 @@
-"""The letters' encoder: its alphabet, what is masked, training, files, and experts left out."""
+"""The letter model: its alphabet, masking, training, files, and the effect of leaving experts out."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ class TestAlphabet:
 
 
 class TestBatches:
-    def test_masks_letters_alone_and_about_as_many_as_asked(self, alphabet, corpus):
+    def test_masks_only_letters_and_about_as_many_as_asked(self, alphabet, corpus):
         rows = [alphabet.encode(*s) for s in sentences_of(corpus.train)[:2000]]
         batch = make_batch(rows, alphabet, 0.4, torch.Generator().manual_seed(0))
         letters = alphabet.maskable[batch.ids]
@@ -91,7 +91,7 @@ class TestBatches:
         assert (inputs[batch.masked] == alphabet.mask_id).all()
         assert torch.equal(inputs[~batch.masked], batch.ids[~batch.masked])
 
-    def test_a_test_sentence_is_masked_alike_whatever_stands_beside_it(self, alphabet, sentences):
+    def test_a_test_sentence_is_masked_alike_in_any_batch(self, alphabet, sentences):
         together = make_test_batch(sentences, alphabet, 0.4)
         alone = make_test_batch(sentences[7:8], alphabet, 0.4)
         width = alone.ids.shape[1]
@@ -121,7 +121,7 @@ class TestModel:
         before = run_letters(untrained_twin(trained), sentences).accuracy()
         assert run_letters(trained, sentences).accuracy() > before + 0.05
 
-    def test_training_repeats_for_a_seed(self, corpus, alphabet):
+    def test_training_repeats_with_the_same_seed(self, corpus, alphabet):
         settings = TrainingSettings(steps=2, batch_tokens=200, seed=3)
         first, second = (train_letter_model(corpus.train, alphabet, settings).encoder for _ in range(2))
         for one, other in zip(first.parameters(), second.parameters(), strict=True):
@@ -141,7 +141,7 @@ class TestModel:
         assert MASK not in restored
         assert all(old in (MASK, new) for old, new in zip(written, restored, strict=True))
 
-    def test_a_saved_model_is_read_as_it_was(self, model, sentences, tmp_path):
+    def test_a_saved_model_is_read_back(self, model, sentences, tmp_path):
         model.save(tmp_path / "m.safetensors", torch.float32)
         again = load_letter_model(tmp_path / "m.safetensors")
         assert again.alphabet == model.alphabet
@@ -153,7 +153,7 @@ class TestModel:
         path = tmp_path / "m.safetensors"
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="no letter model"):
+        with pytest.raises(CheckpointError, match="not a readable letter model"):
             load_letter_model(path)
 
 
@@ -196,7 +196,7 @@ class TestExpertsLeftOut:
         with without_experts(sparse_layer(model), [2], "silence"):
             assert torch.equal(run_letters(model, sentences).accuracy_by_language(), rows[2])
 
-    def test_the_report_sets_drops_beside_use(self, model, sentences):
+    def test_the_report_compares_drops_with_use(self, model, sentences):
         report = ablation_report(model, sentences, "reroute")
         whole = run_letters(model, sentences).accuracy_by_language()
         expected = whole[None] - ablate_each(model, sentences, "reroute")
