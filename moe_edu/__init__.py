@@ -1,7 +1,7 @@
 """moe_edu: the sparse Mixture-of-Experts encoder of NLLB-MoE, to read, run and train.
 
 Shape letters, used all over the package: B batch, S sequence, T = B * S tokens, D model width, F feed-forward width,
-E experts, K choices a token (2), C capacity of one expert, V vocabulary.
+E experts, K choices per token (2), C capacity of one expert, V vocabulary.
 """
 
 from moe_edu.config import MoEConfig

@@ -154,7 +154,7 @@ class MoEConfig:
         Args:
             source: its dictionary (`config.to_dict()`), its `config.json`, or the directory that holds one.
 
-        Fields that the architecture does not use (`transformers_version`, `torch_dtype`, ...) are passed over.
+        Fields that the architecture does not use (`transformers_version`, `torch_dtype`, ...) are ignored.
 
         Raises:
             FileNotFoundError: no `config.json` there.

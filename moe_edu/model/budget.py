@@ -1,6 +1,6 @@
-"""Where a model's parameters sit, and where its arithmetic goes: counted from the configuration, nothing is built.
+"""Where a model's parameters sit, and where its arithmetic goes: counted from the configuration alone.
 
-Shapes: S source tokens, L target tokens, D model width, F feed-forward width, E experts, K choices a token,
+Shapes: S source tokens, L target tokens, D model width, F feed-forward width, E experts, K choices per token,
 V vocabulary. Sources of the published numbers: NLLB Team 2022 (54.5 billion parameters), and Koishekenov et al. 2022,
 section 3.2 (the same model part by part, arXiv 2212.09811).
 """
@@ -22,7 +22,7 @@ class Parts(NamedTuple):
         attention: self-attention, and the decoder's cross-attention.
         norms: layer norms; as FLOPs not counted.
         feed_forward: the dense feed-forward networks.
-        router: one score an expert.
+        router: one score per expert.
         experts: the sparse layers' feed-forward networks; as FLOPs, with the weighted sum of their outputs.
     """
 
@@ -39,12 +39,12 @@ class Parts(NamedTuple):
 
 
 def stored_parameters(config: MoEConfig, *, decoder: bool = True) -> Parts:
-    """What has to be kept in memory: of a `MoETranslator`, or of a `MoEEncoder` where `decoder` is False."""
+    """The parameters to keep in memory: of a `MoETranslator`, or of a `MoEEncoder` where `decoder` is False."""
     return _parameters(config, decoder, config.num_experts)
 
 
 def active_parameters(config: MoEConfig, *, decoder: bool = True) -> Parts:
-    """What one token takes part in on its way through the layers: everything but the experts that it does not visit."""
+    """The parameters that one token uses: all of them, except those of the experts that it does not visit."""
     return _parameters(config, decoder, _visited(config))
 
 
@@ -91,7 +91,7 @@ def _parameters(config: MoEConfig, decoder: bool, experts: int) -> Parts:
     decoder_sparse = decoder_sparse if decoder else 0
     encoder_ffn = expert_parameters(D, config.encoder_ffn_dim)
     decoder_ffn = expert_parameters(D, config.decoder_ffn_dim)
-    # A norm stands before every block (attention, cross-attention, feed-forward) and behind each half.
+    # A norm stands before every block (attention, cross-attention, feed-forward) and after each half.
     norms = 2 * config.encoder_layers + 1 + (3 * decoder_layers + 1 if decoder else 0)
     return Parts(
         embedding=config.vocab_size * D,

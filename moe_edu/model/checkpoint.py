@@ -21,7 +21,7 @@ from moe_edu.config import MoEConfig
 _EXPERT_TENSORS = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
 _PREFIX = "model."
 _OUTPUT_LAYER = "lm_head.weight"
-# One embedding, under the names of its four places in a whole model; files need the first alone.
+# One embedding, under the names of its four places in a whole model; a file holds only the first.
 _TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", _OUTPUT_LAYER)
 # Rebuilt from the configuration, and found in checkpoints of old releases only.
 _POSITION_TABLE = "embed_positions.weights"

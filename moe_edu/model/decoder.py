@@ -72,7 +72,7 @@ class MoEDecoder(nn.Module):
         source may then serve several rows in turn, as the beams of a sentence share one: `[B * W, L]`.
 
         Raises:
-            ValueError: rows that do not match the sources, a mask beside a cache, or the cache of no layers.
+            ValueError: rows that do not match the sources, a mask together with a cache, or a cache without layers.
         """
         config = self.config
         rows, sources = len(input_ids), len(encoder_hidden)

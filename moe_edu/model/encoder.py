@@ -31,8 +31,8 @@ class EncoderOutput(NamedTuple):
     Attributes:
         last_hidden_state: `[B, S, D]`, after the final layer norm.
         hidden_states: the input of each layer and the last hidden state, or None where not asked for.
-        attentions: `[B, H, S, S]` a layer (None for a layer that LayerDrop skipped), or None where not asked for.
-        routing: one RouterOutput a layer; None for a dense layer or one that LayerDrop skipped.
+        attentions: `[B, H, S, S]` per layer (None for a layer that LayerDrop skipped), or None where not asked for.
+        routing: one RouterOutput per layer; None for a dense layer or one that LayerDrop skipped.
     """
 
     last_hidden_state: Tensor

@@ -1,9 +1,9 @@
 """Greedy and beam search over a key/value cache.
 
 Shapes: B sentences, W beams, R of them running, P tokens that are given, L tokens so far, V vocabulary.
-Both follow `transformers` 4.x (`generation/utils.py`), token for token; tests hold them to it. Three things are done
-otherwise, for speed: a sentence that is finished leaves the batch, the beams of a sentence share its source, and they
-are one until they differ.
+Both follow `transformers` 4.x (`generation/utils.py`), token for token; tests hold them to it. Three things
+differ, for speed: a finished sentence leaves the batch, the beams of a sentence share its source, and they are one
+until they differ.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def generate(
         num_beams: 1 is greedy search.
         max_new_tokens: longest output, the start token not counted.
         length_penalty: beam scores are divided by length to this power.
-        early_stopping: end a sentence as soon as `num_beams` of its hypotheses are finished.
+        early_stopping: stop a sentence as soon as `num_beams` of its hypotheses are finished.
 
     Returns:
         `[B, L]` int64: the start token, the translation, `</s>`, padding.
@@ -143,7 +143,7 @@ class _Beams(NamedTuple):
 
     @classmethod
     def start(cls, prompt: Tensor, W: int, max_new_tokens: int, pad: int) -> _Beams:
-        """One running hypothesis a sentence, which is its `prompt [B, P]`."""
+        """One running hypothesis per sentence: its `prompt [B, P]`."""
         (B, P), device = prompt.shape, prompt.device
         running = torch.full((B, 1, 1 + max_new_tokens), pad, device=device)
         running[:, 0, :P] = prompt
@@ -159,7 +159,7 @@ class _Beams(NamedTuple):
         )
 
     def settled(self, early_stopping: bool) -> Tensor:
-        """`[B]` bool: nothing that comes can change the translation."""
+        """`[B]` bool: nothing that follows can change the translation."""
         return ~self.can_improve | (self.is_done.all(1) & early_stopping)
 
     def take(self, rows: Tensor) -> _Beams:
@@ -208,10 +208,10 @@ def _beam_search(
 
 
 class _Candidates(NamedTuple):
-    """The best ways to go on for each sentence, best first, each `[B, C]`.
+    """The best continuations of each sentence, best first, each `[B, C]`.
 
     scores: sums of log-probabilities.
-    parent: the running hypothesis to go on from.
+    parent: the running hypothesis that is continued.
     token: the one to write.
     """
 
@@ -240,10 +240,10 @@ def _extend(
 ) -> tuple[_Beams, Tensor]:
     """Write token number `length` of every hypothesis.
 
-    `new` are twice as many candidates as beams: even if W of them end here, W are left to go on.
+    `new` are twice as many candidates as beams: even if W of them end here, W are left to continue.
 
     Returns:
-        The beams, and which beam of its sentence each running hypothesis goes on from, `[B, R]`.
+        The beams, and which beam of its sentence each running hypothesis continues, `[B, R]`.
     """
     (B, W), C, device = beams.done_scores.shape, new.scores.shape[1], new.scores.device
     rows = torch.arange(B, device=device)[:, None]

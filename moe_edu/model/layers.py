@@ -156,7 +156,7 @@ class DecoderLayer(nn.Module):
         padding_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, LayerCache, Tensor | None, RouterOutput | None]:
-        """`hidden [B, L, D]` against `encoder_hidden [B, S, D]`; `cache` remembers both for the tokens before.
+        """`hidden [B, L, D]` against `encoder_hidden [B, S, D]`; `cache` holds both for earlier tokens.
 
         A source may serve several rows of `hidden` in turn, as the beams of a sentence share one: `[B * W, L, D]`.
 
@@ -207,7 +207,7 @@ def maybe_checkpoint(enabled: bool, layer: Callable[..., T], *args: Any) -> T:
 
 
 def padding_from_attention_mask(attention_mask: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """The ecosystem's mask (1 for words) as the router's (True where padded)."""
+    """An attention mask (1 for words) as the router's padding mask (True where padded)."""
     if attention_mask is None:
         return None
     padding_mask = attention_mask == 0

@@ -244,12 +244,12 @@ def _read_targets(path: Path, tokenizer: Tokenizer) -> tuple[str, ...] | None:
         or not targets
         or not all(code in tokenizer.languages for code in targets)
     ):
-        raise CheckpointError(f'{path} must name "targets" that are languages of the tokenizer beside it')
+        raise CheckpointError(f'{path} must name "targets" that are languages of the tokenizer in its folder')
     return tuple(targets)
 
 
 def _check_size(config: MoEConfig, tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Refuse a model much larger than its file before it takes any memory: the configuration is somebody's text."""
+    """Refuse a model much larger than its file before it takes memory: anyone may have written the configuration."""
     layers = max(config.encoder_layers, config.decoder_layers)
     given = sum(tensor.numel() for tensor in tensors.values())
     if layers > len(tensors) or stored_parameters(config).total > given:

@@ -30,7 +30,7 @@ class TranslatorOutput(NamedTuple):
 
     @property
     def routing(self) -> tuple[RouterOutput | None, ...]:
-        """One entry a layer, the encoder's first."""
+        """One entry per layer, the encoder's first."""
         return self.encoder.routing + self.decoder.routing
 
 
@@ -63,7 +63,7 @@ class MoETranslator(nn.Module):
         Args:
             input_ids: `[B, S]` source ids; not needed with `encoder_output`.
             attention_mask: `[B, S]`, 1 for words; also needed with `encoder_output` where the source is padded.
-            decoder_input_ids: `[B, L]`, the target shifted right behind `config.decoder_start_token_id`.
+            decoder_input_ids: `[B, L]`, the target shifted right: it begins with `config.decoder_start_token_id`.
             decoder_attention_mask: `[B, L]`, 1 for words.
             encoder_output: an encoding to reuse.
             cache: what an earlier call with `use_cache=True` returned in `decoder.cache`.

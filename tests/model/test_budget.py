@@ -92,7 +92,7 @@ class TestPublishedNumbers:
         assert stored == counted(built(MoETranslator, NLLB_MOE))
 
     def test_as_the_pruning_paper_counts_them(self):
-        """Koishekenov et al. 2022: 33.6M an expert, 51.6B in all experts, 101.5 GiB and 6.2 GiB in half precision."""
+        """Koishekenov et al. 2022: 33.6M per expert, 51.6B in all experts, 101.5 GiB and 6.2 GiB in half precision."""
         assert f"{expert_parameters(2048, 8192) / 1e6:.1f}" == "33.6"
         assert f"{stored_parameters(NLLB_MOE).experts / 1e9:.1f}" == "51.6"
         assert f"{2 * stored_parameters(NLLB_MOE).total / 2**30:.1f}" == "101.5"

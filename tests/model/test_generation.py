@@ -74,7 +74,7 @@ def test_a_beam_wide_enough_finds_the_best_of_all_translations(tiny_config, seed
     steps = logits.log_softmax(-1).gather(2, everything[:, :, None])[:, :, 0]
     if forced is not None:
         steps[:, 0] = torch.where(everything[:, 0] == forced, 0.0, -torch.inf)
-    # A translation ends with its first </s>; what stands behind it counts for nothing.
+    # A translation ends with its first </s>; what comes after it counts for nothing.
     words = ((everything == EOS).cumsum(1) - (everything == EOS).long()) == 0
     best = (steps * words).sum(1).argmax()
 
