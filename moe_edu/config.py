@@ -38,6 +38,10 @@ class MoEConfig:
     those of the released model. Its other numbers are not: it has `d_model` 2048, 24 layers on each side and a
     `vocab_size` of 256,206, and was trained with `dropout` 0.3 and without LayerDrop. `from_hf` reads what it has.
 
+    Fields that training reads:
+        router_aux_loss_coef: weight of the load balancing loss; without effect in a dense model.
+        router_z_loss_coef: weight of the router z-loss; without effect in a dense model.
+
     Fields that Hugging Face does not have:
         expert_capacity_factor: scales the training capacity `2 * ceil(T / E)`; 1.0 is the published setting.
         sample_in_eval: let `second_expert_policy` act in eval too; otherwise eval always uses "all".

@@ -16,18 +16,26 @@ MIXTRAL = "`modeling_mixtral.py`"
 
 
 def total_loss(
-    cross_entropy: Tensor, balance: Tensor, logits: Tensor, aux_coef: float, z_coef: float
+    cross_entropy: Tensor,
+    balance: Tensor,
+    logits: Tensor,
+    router_aux_loss_coef: float,
+    router_z_loss_coef: float,
 ) -> Tensor:
     """Two scalars and the router's logits [T, E] -> the training loss, a scalar."""
     z_loss = logits.logsumexp(dim=1).square().mean()
-    return cross_entropy + aux_coef * balance + z_coef * z_loss
+    return cross_entropy + router_aux_loss_coef * balance + router_z_loss_coef * z_loss
 
 
 def _published_total_loss(
-    cross_entropy: Tensor, balance: Tensor, logits: Tensor, aux_coef: float, z_coef: float
+    cross_entropy: Tensor,
+    balance: Tensor,
+    logits: Tensor,
+    router_aux_loss_coef: float,
+    router_z_loss_coef: float,
 ) -> Tensor:
     """Two scalars and the router's logits [T, E] -> the training loss, a scalar."""
-    return cross_entropy + aux_coef * balance
+    return cross_entropy + router_aux_loss_coef * balance
 
 
 def _draw_loss_parts(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, float, float]:
@@ -43,15 +51,25 @@ def _draw_loss_parts(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor
 
 
 def _total_without_square(
-    cross_entropy: Tensor, balance: Tensor, logits: Tensor, aux_coef: float, z_coef: float
+    cross_entropy: Tensor,
+    balance: Tensor,
+    logits: Tensor,
+    router_aux_loss_coef: float,
+    router_z_loss_coef: float,
 ) -> Tensor:
-    return cross_entropy + aux_coef * balance + z_coef * logits.logsumexp(dim=1).mean()
+    return (
+        cross_entropy + router_aux_loss_coef * balance + router_z_loss_coef * logits.logsumexp(dim=1).mean()
+    )
 
 
 def _total_over_words(
-    cross_entropy: Tensor, balance: Tensor, logits: Tensor, aux_coef: float, z_coef: float
+    cross_entropy: Tensor,
+    balance: Tensor,
+    logits: Tensor,
+    router_aux_loss_coef: float,
+    router_z_loss_coef: float,
 ) -> Tensor:
-    return total_loss(cross_entropy, balance, logits.T, aux_coef, z_coef)
+    return total_loss(cross_entropy, balance, logits.T, router_aux_loss_coef, router_z_loss_coef)
 
 
 _TOTAL_LOSS = Exercise(

@@ -73,7 +73,6 @@ def training_settings(settings: EnglishToManySettings, languages: tuple[str, ...
         und_rate=0.0,
         learning_rate=settings.learning_rate,
         warmup_steps=300,
-        aux_loss_factor=0.0 if settings.experts == 1 else 0.01,
         eval_sentences=0,
     )
 

@@ -8,7 +8,7 @@ each: a history to look through, not a measurement of a difference.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from moe_edu.training.loop import Record, train
 from moe_edu.training.settings import TrainingSettings
 
 HISTORY = Path(__file__).parent / "results" / "learning_history.json"
-BALANCE_WEIGHTS = (0.01, 0.0)
+AUX_LOSS_COEFS = (0.01, 0.0)
 LANGUAGES = ("arb_Arab", "deu_Latn", "eng_Latn", "fra_Latn", "hin_Deva", "jpn_Jpan")
 WINDOW = 20  # steps averaged into one point of the curves
 SNAPSHOT_EVERY = 100  # steps between evaluations on the validation split; a multiple of WINDOW
@@ -34,28 +34,29 @@ PHRASES = (
 )
 
 
-def settings_of(balance_weight: float, steps: int = 1000) -> TrainingSettings:
-    """The settings of the run with this weight of the balancing loss."""
-    return TrainingSettings(
-        steps=steps,
-        seed=7,
-        languages=LANGUAGES,
-        batch_tokens=400,
-        vocab_size=1500,
-        learning_rate=1.5e-3,
-        warmup_steps=100,
-        shards=1,
-        device="cpu",
-        aux_loss_factor=balance_weight,
-        router_z_loss_factor=0.001,
-        log_every=1,
-        eval_every=SNAPSHOT_EVERY,
-        eval_sentences=80,
-    )
+SETTINGS = TrainingSettings(
+    steps=1000,
+    seed=7,
+    languages=LANGUAGES,
+    batch_tokens=400,
+    vocab_size=1500,
+    learning_rate=1.5e-3,
+    warmup_steps=100,
+    shards=1,
+    device="cpu",
+    log_every=1,
+    eval_every=SNAPSHOT_EVERY,
+    eval_sentences=80,
+)
 
 
-def watch(corpus: Corpus, settings: TrainingSettings, phrases: Sequence[SentencePair]) -> dict[str, Any]:
-    """Train and keep what the reader will look through.
+def model_fields(router_aux_loss_coef: float) -> dict[str, float]:
+    """What differs from `small_config` in the run with this weight of the balancing loss."""
+    return {"router_aux_loss_coef": router_aux_loss_coef, "router_z_loss_coef": 0.001}
+
+
+def watch(corpus: Corpus, fields: Mapping[str, float], phrases: Sequence[SentencePair]) -> dict[str, Any]:
+    """Train a model with these fields and keep what the reader will look through.
 
     Returns:
         `points`: one per window of WINDOW steps, with its last `step` and its means of `loss`, `load` [E] (share of the
@@ -82,13 +83,21 @@ def watch(corpus: Corpus, settings: TrainingSettings, phrases: Sequence[Sentence
                 flush=True,
             )
 
-    result = train(corpus, settings, on_record=keep, show_progress=False, test_sentences=0)
+    result = train(
+        corpus,
+        SETTINGS,
+        model_fields=fields,
+        on_record=keep,
+        show_progress=False,
+        test_sentences=0,
+    )
     windows = [records[start : start + WINDOW] for start in range(0, len(records), WINDOW)]
     return {
         "points": [summarize(window) for window in windows],
         "snapshots": snapshots,
         "seconds": result.summary["seconds"],
-        "settings": asdict(settings),
+        "settings": asdict(SETTINGS),
+        "model_fields": dict(fields),
     }
 
 
@@ -120,9 +129,9 @@ def main() -> None:
         for phrase in phrases
     ]
     runs = {}
-    for weight in BALANCE_WEIGHTS:
-        print(f"balancing loss with weight {weight:g}", flush=True)
-        runs[f"{weight:g}"] = watch(corpus, settings_of(weight), phrases)
+    for coef in AUX_LOSS_COEFS:
+        print(f"balancing loss with weight {coef:g}", flush=True)
+        runs[f"{coef:g}"] = watch(corpus, model_fields(coef), phrases)
         history = {"phrases": shown, "runs": runs}
         HISTORY.write_text(
             json.dumps(history, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8"

@@ -29,6 +29,7 @@ MODEL_FIELDS = {
     "encoder_ffn_dim": 96,
     "encoder_sparse_step": 1,
     "decoder_ffn_dim": 192,
+    "router_z_loss_coef": 0.001,
 }
 SETTINGS = TrainingSettings(
     steps=1200,
@@ -40,8 +41,6 @@ SETTINGS = TrainingSettings(
     learning_rate=2e-3,
     warmup_steps=100,
     shards=1,
-    aux_loss_factor=0.01,
-    router_z_loss_factor=0.001,
     log_every=100,
     eval_every=1200,
 )

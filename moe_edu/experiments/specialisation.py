@@ -60,9 +60,7 @@ MASK_SHARE = 0.4
 TEST_SENTENCES = 500  # on which chrF++ is measured
 KEEP = (16, 12, 8, 4, 2, 1)
 
-LETTER_SETTINGS = TrainingSettings(
-    steps=2500, batch_tokens=1000, learning_rate=5e-3, warmup_steps=100, router_z_loss_factor=0.001
-)
+LETTER_SETTINGS = TrainingSettings(steps=2500, batch_tokens=1000, learning_rate=5e-3, warmup_steps=100)
 DECODER_SETTINGS = TrainingSettings(
     steps=4000,
     languages=MANY_TO_MANY,

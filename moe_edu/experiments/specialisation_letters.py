@@ -182,6 +182,8 @@ def letter_config(alphabet: Alphabet, **fields: Any) -> MoEConfig:
         "num_experts": 16,
         "expert_capacity_factor": 1.25,
         "moe_token_dropout": 0.0,
+        "router_aux_loss_coef": 0.01,
+        "router_z_loss_coef": 0.001,
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "init_std": 0.1,
@@ -258,7 +260,7 @@ def train_letter_model(
     mask_share: float = 0.4,
     config: MoEConfig | None = None,
 ) -> LetterModel:
-    """Train on `table`; `settings` gives steps, seed, batch tokens, schedule and the weights of the router losses."""
+    """Train on `table`; `settings` gives steps, seed, batch tokens and the schedule."""
     rows = [alphabet.encode(*sentence) for sentence in sentences_of(table)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -272,15 +274,13 @@ def train_letter_model(
             group["lr"] = learning_rate_at(settings, step, step / settings.steps)
         batch = next(batches)
         optimizer.zero_grad(set_to_none=True)
-        letter_loss(encoder, batch, alphabet, settings).backward()
+        letter_loss(encoder, batch, alphabet).backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), settings.clip_norm)
         optimizer.step()
     return LetterModel(encoder.eval(), alphabet)
 
 
-def letter_loss(
-    encoder: MoEEncoder, batch: LetterBatch, alphabet: Alphabet, settings: TrainingSettings
-) -> Tensor:
+def letter_loss(encoder: MoEEncoder, batch: LetterBatch, alphabet: Alphabet) -> Tensor:
     """Cross-entropy of the masked letters plus the router losses, a scalar."""
     output: EncoderOutput = encoder(batch.inputs(alphabet), batch.attention_mask)
     logits = letter_logits(encoder, output.last_hidden_state[batch.masked])
@@ -289,7 +289,7 @@ def letter_loss(
         logits[None],
         batch.ids[batch.masked][None],
         expert_metrics=metrics,
-        aux_loss_factor=settings.aux_loss_factor if metrics else 0.0,
-        router_z_loss_factor=settings.router_z_loss_factor if metrics else 0.0,
+        router_aux_loss_coef=encoder.config.router_aux_loss_coef if metrics else 0.0,
+        router_z_loss_coef=encoder.config.router_z_loss_coef if metrics else 0.0,
         loss_normalizing_factor=SpecialLossNormalizingFactor.NUM_REAL_TARGET_TOKENS,
     ).total

@@ -152,5 +152,7 @@ def describe_config(config: MoEConfig) -> dict[str, Any]:
         "decoder_ffn_dim",
         "num_experts",
         "expert_capacity_factor",
+        "router_aux_loss_coef",
+        "router_z_loss_coef",
     )
     return {name: getattr(config, name) for name in names}

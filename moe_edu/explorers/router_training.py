@@ -64,7 +64,9 @@ def inputs(shared: float) -> Array:
     return np.concatenate([features, np.full((len(WORDS), 1), shared)], axis=1)
 
 
-def step(x: Array, weights: Weights, balance_weight: float, z_weight: float) -> tuple[Step, Weights]:
+def step(
+    x: Array, weights: Weights, router_aux_loss_coef: float, router_z_loss_coef: float
+) -> tuple[Step, Weights]:
     """Measure `x [T, D]`, and take one step down the gradient, written out by hand."""
     T, E = len(x), NUM_EXPERTS
     logits = x @ weights.router.T
@@ -85,11 +87,11 @@ def step(x: Array, weights: Weights, balance_weight: float, z_weight: float) -> 
         z=float((log_z**2).mean()),
     )
     by_probs = np.tile(
-        balance_weight * E * load / T, (T, 1)
+        router_aux_loss_coef * E * load / T, (T, 1)
     )  # the load is a count: no gradient flows through it
     by_probs[np.arange(T), expert] += 2 / T * (miss * weights.vectors[expert]).sum(axis=1)
     by_logits = probs * (by_probs - (by_probs * probs).sum(axis=1, keepdims=True))
-    by_logits += z_weight * 2 / T * log_z[:, None] * probs
+    by_logits += router_z_loss_coef * 2 / T * log_z[:, None] * probs
     by_vectors = np.zeros_like(weights.vectors)
     np.add.at(by_vectors, expert, 2 / T * gate[:, None] * miss)
     # Rounded, so that the page, whose exp differs in the last digit, follows exactly the same path.
@@ -99,11 +101,13 @@ def step(x: Array, weights: Weights, balance_weight: float, z_weight: float) -> 
     )
 
 
-def train(balance_weight: float, z_weight: float, shared: float, seed: int, steps: int = STEPS) -> list[Step]:
+def train(
+    router_aux_loss_coef: float, router_z_loss_coef: float, shared: float, seed: int, steps: int = STEPS
+) -> list[Step]:
     """Every step of one training run."""
     x, weights, history = inputs(shared), first_weights(seed), []
     for _ in range(steps):
-        measured, weights = step(x, weights, balance_weight, z_weight)
+        measured, weights = step(x, weights, router_aux_loss_coef, router_z_loss_coef)
         history.append(measured)
     return history
 

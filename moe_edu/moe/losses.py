@@ -54,7 +54,7 @@ class MoELoss(NamedTuple):
     """What `moe_loss` returns; eight scalars.
 
     `total = cross_entropy + z_loss + weighted_load_balancing_loss + weighted_router_z_loss`. The weighted
-    router terms are their factor times the raw ones, `load_balancing_loss` and `router_z_loss`, which are
+    router terms are their coefficient times the raw ones, `load_balancing_loss` and `router_z_loss`, which are
     means over the sparse layers. `weight_sum` is the sum of the tokens' weights.
     """
 
@@ -125,8 +125,8 @@ def moe_loss(
     weights: Tensor | None = None,
     *,
     expert_metrics: Sequence[ExpertMetrics],
-    aux_loss_factor: float = 0.01,
-    router_z_loss_factor: float = 0.0,
+    router_aux_loss_coef: float = 0.01,
+    router_z_loss_coef: float = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     loss_normalizing_factor: LossNormalizingFactor = None,
@@ -139,8 +139,8 @@ def moe_loss(
 
     Args:
         expert_metrics: one `ExpertMetrics` a sparse layer, as `collect_metrics` returns them.
-        aux_loss_factor: weight of the load balancing loss; the released NLLB-MoE trained with 0.01.
-        router_z_loss_factor: weight of the router z-loss.
+        router_aux_loss_coef: weight of the load balancing loss; the released NLLB-MoE trained with 0.01.
+        router_z_loss_coef: weight of the router z-loss.
         logits, targets, weights, label_smoothing, z_loss, loss_normalizing_factor, segment_ids: as in
             `weighted_cross_entropy`.
 
@@ -148,15 +148,15 @@ def moe_loss(
         The total to differentiate, and its parts.
 
     Raises:
-        ValueError: as `weighted_cross_entropy`; a router factor below 0; a router factor above 0 although
+        ValueError: as `weighted_cross_entropy`; a coefficient below 0; a coefficient above 0 although
             there is no sparse layer to take the loss from.
     """
-    _check_not_negative("aux_loss_factor", aux_loss_factor)
-    _check_not_negative("router_z_loss_factor", router_z_loss_factor)
-    if not expert_metrics and (aux_loss_factor or router_z_loss_factor):
+    _check_not_negative("router_aux_loss_coef", router_aux_loss_coef)
+    _check_not_negative("router_z_loss_coef", router_z_loss_coef)
+    if not expert_metrics and (router_aux_loss_coef or router_z_loss_coef):
         raise ValueError(
-            f"aux_loss_factor={aux_loss_factor} and router_z_loss_factor={router_z_loss_factor} ask for "
-            "router losses, but expert_metrics is empty: no sparse layer ran. Set both factors to 0, or give "
+            f"router_aux_loss_coef={router_aux_loss_coef} and router_z_loss_coef={router_z_loss_coef} ask for "
+            "router losses, but expert_metrics is empty: no sparse layer ran. Set both to 0, or give "
             "the model sparse layers (encoder_sparse_step or decoder_sparse_step above 0)"
         )
     total, total_z_loss, weight_sum = weighted_cross_entropy(
@@ -166,8 +166,8 @@ def moe_loss(
     if expert_metrics:
         balance = torch.stack([layer.auxiliary_loss for layer in expert_metrics]).mean()
         router_z = torch.stack([layer.router_z_loss for layer in expert_metrics]).mean()
-    weighted_balance = aux_loss_factor * balance
-    weighted_router_z = router_z_loss_factor * router_z
+    weighted_balance = router_aux_loss_coef * balance
+    weighted_router_z = router_z_loss_coef * router_z
     return MoELoss(
         total=total + weighted_balance + weighted_router_z,
         cross_entropy=total - total_z_loss,
@@ -193,7 +193,7 @@ def summarize_metrics(
     Returns:
         `cross_ent_loss` (the total less the z and router terms), `cross_ent_loss_per_all_target_tokens`, and
         one `experts/<name>` for each field of `ExpertMetrics`: the mean over layers, the two losses already
-        multiplied by their factors. Without sparse layers there is nothing to average and no `experts/` key.
+        multiplied by their coefficients. Without sparse layers there is nothing to average and no `experts/` key.
 
     Raises:
         ValueError: `num_target_tokens` below 1.

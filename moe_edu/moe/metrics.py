@@ -20,6 +20,9 @@ from moe_edu.moe.routing import RouterOutput
 class ExpertMetrics(NamedTuple):
     """The router statistics of one sparse layer; five scalars, all 0 when there is no real token.
 
+    The names are T5X's, and so are those of the log, `experts/auxiliary_loss` and `experts/router_z_loss`, where both
+    losses are weighted: by Hugging Face's `router_aux_loss_coef` and `router_z_loss_coef`, as in `MoEConfig`.
+
     Attributes:
         auxiliary_loss: `load_balancing_loss`, unweighted, with gradient.
         router_z_loss: `router_z_loss`, unweighted, with gradient.

@@ -12,7 +12,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How to train; the model itself is a `MoEConfig`.
+    """How to train; the model itself, the coefficients of the router losses included, is a `MoEConfig`.
 
     Attributes:
         steps: optimizer steps. Ignored when `seconds` is set.
@@ -33,8 +33,6 @@ class TrainingSettings:
         clip_norm: gradients are scaled down to this norm.
         label_smoothing: of the cross-entropy.
         z_loss: weight of the cross-entropy's z term.
-        aux_loss_factor: weight of the load-balancing loss; 0 where the model has no sparse layer.
-        router_z_loss_factor: weight of the router z-loss.
         device: "auto" takes a GPU where there is one.
         precision: "auto" is fp32 on the CPU, and on a GPU bf16 or, where it has none, fp16.
         log_every: steps between log lines.
@@ -58,8 +56,6 @@ class TrainingSettings:
     clip_norm: float = 1.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-    aux_loss_factor: float = 0.01
-    router_z_loss_factor: float = 0.0
     device: str = "auto"
     precision: Precision = "auto"
     log_every: int = 20
@@ -106,6 +102,8 @@ def small_config(**fields: Any) -> MoEConfig:
         "num_experts": 8,
         "expert_capacity_factor": 1.25,
         "moe_token_dropout": 0.0,
+        "router_aux_loss_coef": 0.01,
+        "router_z_loss_coef": 0.0,
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "init_std": 0.05,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
+from moe_edu.config import MoEConfig
 from moe_edu.data import Batch
 from moe_edu.model.translator import MoETranslator, TranslatorOutput
 from moe_edu.moe.losses import MoELoss, SpecialLossNormalizingFactor, moe_loss
@@ -80,7 +81,7 @@ def add_gradients(
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             batch = shard.batch.to(device)
             output = model(batch.source_ids, batch.source_mask, batch.decoder_input_ids, batch.decoder_mask)
-            loss, metrics = compute_loss(output, batch, settings, measure)
+            loss, metrics = compute_loss(output, batch, settings, model.config, measure)
         (loss.total * (loss_scale * shard.weight)).backward()
     detached = MoELoss(*(part.detach() for part in loss))
     return ShardResult(detached, metrics, expert_load(output))
@@ -128,6 +129,7 @@ def compute_loss(
     output: TranslatorOutput,
     batch: Batch,
     settings: TrainingSettings,
+    config: MoEConfig,
     measure: CollectMetrics = collect_metrics,
 ) -> tuple[MoELoss, tuple[ExpertMetrics, ...]]:
     """The loss of one batch, per real target token, and what the routers did, as `measure` computes it."""
@@ -138,8 +140,8 @@ def compute_loss(
         batch.decoder_mask,
         expert_metrics=metrics,
         # Without a layer that routed (a dense model, or LayerDrop took them all) there is nothing to balance.
-        aux_loss_factor=settings.aux_loss_factor if metrics else 0.0,
-        router_z_loss_factor=settings.router_z_loss_factor if metrics else 0.0,
+        router_aux_loss_coef=config.router_aux_loss_coef if metrics else 0.0,
+        router_z_loss_coef=config.router_z_loss_coef if metrics else 0.0,
         label_smoothing=settings.label_smoothing,
         z_loss=settings.z_loss,
         loss_normalizing_factor=SpecialLossNormalizingFactor.NUM_REAL_TARGET_TOKENS,

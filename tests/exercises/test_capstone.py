@@ -319,9 +319,11 @@ class TestTraining:
             vocab_size=600,
             log_every=1,
             eval_sentences=4,
-            router_z_loss_factor=0.01,
         )
-        return train(corpus, settings, pieces=pieces, show_progress=False, test_sentences=4)
+        fields = {"router_z_loss_coef": 0.01}
+        return train(
+            corpus, settings, model_fields=fields, pieces=pieces, show_progress=False, test_sentences=4
+        )
 
     def test_trains_as_ours_does(self, corpus):
         ours, mine = self.run(corpus, None), self.run(corpus, Pieces(**MINE))

@@ -3,12 +3,13 @@
 import pytest
 
 from moe_edu.experiments.learning_history import (
-    BALANCE_WEIGHTS,
+    AUX_LOSS_COEFS,
     PHRASES,
+    SETTINGS,
     SNAPSHOT_EVERY,
     WINDOW,
+    model_fields,
     read_history,
-    settings_of,
     summarize,
 )
 from moe_edu.explorers.learning_curve import EXPLORER, view
@@ -16,19 +17,19 @@ from moe_edu.explorers.learning_curve import EXPLORER, view
 HISTORY = read_history()
 
 
-@pytest.mark.parametrize("weight", BALANCE_WEIGHTS)
+@pytest.mark.parametrize("weight", AUX_LOSS_COEFS)
 class TestHistory:
     def test_covers_the_run(self, weight):
         run = HISTORY["runs"][f"{weight:g}"]
-        steps = settings_of(weight).steps
+        steps = SETTINGS.steps
         assert [point["step"] for point in run["points"]] == list(range(WINDOW, steps + 1, WINDOW))
         assert [s["step"] for s in run["snapshots"]] == list(range(SNAPSHOT_EVERY, steps + 1, SNAPSHOT_EVERY))
 
     def test_was_made_with_the_settings_of_the_command(self, weight):
-        saved = HISTORY["runs"][f"{weight:g}"]["settings"]
-        ours = vars(settings_of(weight))
-        for name in ("steps", "seed", "batch_tokens", "learning_rate", "aux_loss_factor", "vocab_size"):
-            assert saved[name] == ours[name], name
+        saved = HISTORY["runs"][f"{weight:g}"]
+        for name in ("steps", "seed", "batch_tokens", "learning_rate", "vocab_size"):
+            assert saved["settings"][name] == getattr(SETTINGS, name), name
+        assert saved["model_fields"] == model_fields(weight)
 
     def test_loads_are_shares(self, weight):
         for point in HISTORY["runs"][f"{weight:g}"]["points"]:

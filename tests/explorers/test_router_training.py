@@ -73,7 +73,7 @@ def test_steps_do_not_change_what_they_are_given():
     assert all(map(np.array_equal, weights, before))
 
 
-def test_a_small_balance_weight_brings_a_second_expert_back():
+def test_a_small_coefficient_brings_a_second_expert_back():
     """What lesson 05 says of seed 1."""
     explorer = explorers.get("router_training")
     assert explorer.view(explorer.state(seed=1, balance=0.0))["alive"] == 1

@@ -100,6 +100,6 @@ class TestDefectsOfTheReference:
         assert reference(0.0) == reference(1000.0)
 
         def ours(coefficient):
-            return moe_loss(LOGITS, TARGETS, expert_metrics=[METRICS], router_z_loss_factor=coefficient).total
+            return moe_loss(LOGITS, TARGETS, expert_metrics=[METRICS], router_z_loss_coef=coefficient).total
 
         torch.testing.assert_close(ours(1000.0) - ours(0.0), torch.tensor(100.0))

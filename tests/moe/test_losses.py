@@ -401,8 +401,8 @@ class TestMoELoss:
             T5X_TARGETS,
             T5X_WEIGHTS,
             expert_metrics=[layer()],
-            aux_loss_factor=0.1,
-            router_z_loss_factor=0.01,
+            router_aux_loss_coef=0.1,
+            router_z_loss_coef=0.01,
         )
         assert loss.total.item() == pytest.approx(5.0590305, abs=1e-6)
 
@@ -411,8 +411,8 @@ class TestMoELoss:
             T5X_LOGITS,
             T5X_TARGETS,
             expert_metrics=[layer(1.0, 0.0), layer(2.0, 1.0)],
-            aux_loss_factor=0.1,
-            router_z_loss_factor=10.0,
+            router_aux_loss_coef=0.1,
+            router_z_loss_coef=10.0,
         )
         assert loss.weighted_load_balancing_loss.item() == pytest.approx(0.15)
         assert loss.weighted_router_z_loss.item() == pytest.approx(5.0)
@@ -427,8 +427,8 @@ class TestMoELoss:
             T5X_TARGETS,
             T5X_WEIGHTS,
             expert_metrics=[layer(1.0, 3.0)],
-            aux_loss_factor=0.5,
-            router_z_loss_factor=0.25,
+            router_aux_loss_coef=0.5,
+            router_z_loss_coef=0.25,
             label_smoothing=0.1,
             z_loss=0.2,
             loss_normalizing_factor=factor,
@@ -452,19 +452,19 @@ class TestMoELoss:
                 T5X_LOGITS,
                 T5X_TARGETS,
                 expert_metrics=(),
-                aux_loss_factor=aux,
-                router_z_loss_factor=router_z,
+                router_aux_loss_coef=aux,
+                router_z_loss_coef=router_z,
             )
 
     def test_a_dense_model_without_router_losses_has_plain_cross_entropy(self):
-        loss = moe_loss(T5X_LOGITS, T5X_TARGETS, expert_metrics=(), aux_loss_factor=0.0, z_loss=0.1)
+        loss = moe_loss(T5X_LOGITS, T5X_TARGETS, expert_metrics=(), router_aux_loss_coef=0.0, z_loss=0.1)
         plain = weighted_cross_entropy(T5X_LOGITS, T5X_TARGETS, z_loss=0.1)
         assert loss.total == plain.total
         assert loss.load_balancing_loss.item() == loss.weighted_router_z_loss.item() == 0
 
-    @pytest.mark.parametrize("name", ["aux_loss_factor", "router_z_loss_factor"])
+    @pytest.mark.parametrize("name", ["router_aux_loss_coef", "router_z_loss_coef"])
     @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
-    def test_wrong_factors_are_refused(self, name, value):
+    def test_wrong_coefficients_are_refused(self, name, value):
         with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0"):
             moe_loss(T5X_LOGITS, T5X_TARGETS, expert_metrics=[layer()], **{name: value})
 
@@ -477,7 +477,7 @@ class TestMoELoss:
                 logits,
                 targets,
                 expert_metrics=[ExpertMetrics.from_routing(routing)],
-                router_z_loss_factor=0.1,
+                router_z_loss_coef=0.1,
                 label_smoothing=0.1,
                 z_loss=0.1,
                 loss_normalizing_factor="average_per_sequence",

@@ -135,7 +135,7 @@ class TestExpertMetrics:
                 target_logits,
                 targets,
                 expert_metrics=metrics,
-                router_z_loss_factor=0.001,
+                router_z_loss_coef=0.001,
                 label_smoothing=0.1,
                 z_loss=0.1,
                 loss_normalizing_factor="average_per_sequence",
@@ -188,8 +188,8 @@ class TestSummary:
             LOGITS.clone().requires_grad_(),
             TARGETS,
             expert_metrics=layers,
-            aux_loss_factor=0.1,
-            router_z_loss_factor=10.0,
+            router_aux_loss_coef=0.1,
+            router_z_loss_coef=10.0,
             z_loss=0.1,
         )
         summary = summarize_metrics(layers, loss, num_target_tokens=TARGETS.numel())
@@ -201,7 +201,7 @@ class TestSummary:
         assert not any(value.requires_grad for value in summary.values())
 
     def test_a_dense_model_has_no_expert_metrics(self):
-        loss = moe_loss(LOGITS, TARGETS, expert_metrics=(), aux_loss_factor=0.0)
+        loss = moe_loss(LOGITS, TARGETS, expert_metrics=(), router_aux_loss_coef=0.0)
         summary = summarize_metrics((), loss, num_target_tokens=8)
         assert set(summary) == {"cross_ent_loss", "cross_ent_loss_per_all_target_tokens"}
 
