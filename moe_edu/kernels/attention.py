@@ -5,13 +5,17 @@ Shapes: B sentences, H heads, L queries, S keys, D numbers of a head.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_edu.kernels.compiled import call, can_be_compiled
+from moe_edu.kernels.compiled import call, can_be_compiled, define_operator, has_tangent
 
-# `csrc/attention.c` holds so many keys and so many numbers of a head; beyond so many queries PyTorch is as fast.
+# `csrc/attention.c` holds this many keys and numbers of a head; beyond this many queries PyTorch is as fast.
 _MOST_KEYS, _LARGEST_HEAD, _FEW_QUERIES = 1024, 256, 8
 
 
@@ -20,7 +24,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`softmax(query @ key^T / sqrt(D) + bias) @ value`, as PyTorch's function of this name.
 
-    Generation asks for one query a hypothesis: so few are left to compiled code where no gradient is needed.
+    Generation asks for one query per hypothesis: few queries are left to compiled code where no gradient is needed.
 
     Args:
         query: `[B, H, L, D]`.
@@ -28,29 +32,27 @@ def scaled_dot_product_attention(
         bias: broadcasts to `[B, H, L, S]`; None for none.
         dropout: of the weights.
     """
-    if dropout > 0 or torch.is_grad_enabled() or not _can_be_compiled(query, key, value, bias):
+    if (
+        dropout > 0
+        or torch.is_grad_enabled()
+        or query.ndim != 4
+        or query.shape[2] > _FEW_QUERIES
+        or not can_be_compiled(query, key, value)
+        or has_tangent(query, key, value)
+    ):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-    B, H, L, D = query.shape
-    S = key.shape[2]
-    mixed = query.new_empty(B, L, H, D).transpose(1, 2)
-    bias = None if bias is None else bias.expand(B, H, L, S)
-    tensors = (query, key, value, bias, mixed)
-    strides = [None if tensor is None else tensor.stride()[:3] for tensor in tensors]
-    call("attention", *tensors, *strides, B, H, L, S, D)
-    return mixed
+    return _attention(query, key, value, bias)
 
 
 def _can_be_compiled(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
-    """Whether these are few queries, and what compiled code may touch: it checks nothing."""
+    """Whether these are what compiled code may touch: it checks nothing."""
     tensors = (query, key, value) if bias is None else (query, key, value, bias)
-    # torch.compile has no need of it, and would have to leave its graph.
-    if torch.compiler.is_compiling() or not can_be_compiled(*tensors) or any(t.ndim != 4 for t in tensors):
+    if not can_be_compiled(*tensors) or any(t.ndim != 4 for t in tensors):
         return False
     B, H, L, D = query.shape
     S = key.shape[2]
     return (
-        L <= _FEW_QUERIES
-        and 0 < S <= _MOST_KEYS
+        0 < S <= _MOST_KEYS
         and D <= _LARGEST_HEAD
         and key.shape == value.shape == (B, H, S, D)
         # The last dimension is read as one run of memory.
@@ -63,3 +65,35 @@ def _is_mask_for(bias: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether `bias` broadcasts to `shape` and has one number a key, next to each other."""
     broadcasts = all(size in (1, full) for size, full in zip(bias.shape, shape, strict=True))
     return broadcasts and bias.shape[3] == shape[3] and (shape[3] == 1 or bias.stride(3) == 1)
+
+
+def _run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    if not _can_be_compiled(query, key, value, bias):  # PyTorch says what is wrong
+        return _make_result(query).copy_(F.scaled_dot_product_attention(query, key, value, attn_mask=bias))
+    B, H, L, D = query.shape
+    S = key.shape[2]
+    mixed = _make_result(query)
+    bias = None if bias is None else bias.expand(B, H, L, S)
+    tensors = (query, key, value, bias, mixed)
+    strides = [None if tensor is None else tensor.stride()[:3] for tensor in tensors]
+    call("attention", *tensors, *strides, B, H, L, S, D)
+    return mixed
+
+
+def _make_result(query: Tensor, *_: Any) -> Tensor:
+    """`[B, H, L, D]`, with the heads of a token side by side in memory."""
+    B, H, L, D = query.shape
+    return query.new_empty(B, L, H, D).transpose(1, 2)
+
+
+def _count_flops(query_shape: Sequence[int], key_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """Two per product of numbers, for the scores and again for the mixing."""
+    return 4 * math.prod(query_shape) * key_shape[2]
+
+
+_attention = define_operator(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? bias) -> Tensor",
+    _run,
+    fake=_make_result,
+    flops=_count_flops,
+)

@@ -1,50 +1,67 @@
 """The package's compiled code: the C of `csrc/`, for fp32 on the CPU, where pip found a compiler to build it.
 
-Each of its functions has a form in PyTorch's operators beside it, which serves wherever this code does not.
+Each of its functions has a form in PyTorch's operators beside it, which serves wherever this code does not. Each is
+an operator of PyTorch, `torch.ops.moe_edu.*`: whatever follows operators (FLOP counters, tensors without memory,
+torch.compile, torch.jit.trace, torch.vmap) sees it, and knows what it computes or refuses it by name.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 
 def why_not_compiled(dtype: torch.dtype) -> str | None:
     """Why PyTorch's operators compute in `dtype`; None where compiled code serves."""
     if dtype != torch.float32:
         return f"the compiled code takes float32, not {str(dtype).removeprefix('torch.')}"
-    if _LIBRARY is None:
-        return "no C compiler was there when moe_edu was installed"
-    if not _LIBRARY.is_supported():
-        return "the compiled code needs the processor's AVX2 or AVX-512"
-    return None
+    return _WHY_NOT
 
 
 def can_be_compiled(*tensors: Tensor) -> bool:
-    """Whether compiled code may touch these, as far as device, dtype and PyTorch's modes are concerned.
+    """Whether compiled code may touch these, as far as device and dtype are concerned.
 
     The shapes and strides are for the caller to check: compiled code trusts them.
     """
-    return (
-        not _is_watched()
-        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-        and why_not_compiled(torch.float32) is None
+    return _WHY_NOT is None and all(
+        tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors
     )
 
 
-def _is_watched() -> bool:
-    """Whether somebody follows PyTorch's operators, and would not see compiled code."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0  # counts FLOPs, or infers shapes from tensors without memory
-        or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func: vmap, jvp, ...
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way, which the operators here would lose without a word."""
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def define_operator(
+    schema: str,
+    kernel: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+) -> Any:
+    """Make `kernel` an operator of PyTorch, and return it.
+
+    Args:
+        schema: `name(arguments) -> results` in PyTorch's notation.
+        kernel: runs whatever the device; it checks what it hands to compiled code, since a graph that was traced may
+            bring tensors of other shapes than those it was traced with.
+        fake: the results for tensors that have no memory.
+        flops: from the same arguments with a shape for each tensor, and `out_shape`.
+    """
+    name = _OPERATORS.define(schema)
+    _OPERATORS.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moe_edu::{name}", fake, lib=_OPERATORS)
+    operator = getattr(torch.ops.moe_edu, name)
+    register_flop_formula(operator)(flops)
+    return operator.default
 
 
 def call(function: str, *arguments: Tensor | int | Sequence[int] | None) -> None:
@@ -74,4 +91,14 @@ def _load_library() -> ctypes.CDLL | None:
         return None
 
 
+def _why_not(library: ctypes.CDLL | None) -> str | None:
+    if library is None:
+        return "no C compiler was there when moe_edu was installed"
+    if not library.is_supported():
+        return "the compiled code needs the processor's AVX2 or AVX-512"
+    return None
+
+
 _LIBRARY = _load_library()
+_WHY_NOT = _why_not(_LIBRARY)
+_OPERATORS = torch.library.Library("moe_edu", "DEF")

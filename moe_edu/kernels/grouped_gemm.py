@@ -1,24 +1,25 @@
 """Grouped products: for every expert, the rows that belong to it times its weights.
 
 Shapes: N rows sorted by expert, E experts, I inputs, O outputs. The first `sizes[0]` rows belong to expert 0, the next
-`sizes[1]` to expert 1; rows behind the last expert's belong to nobody and come back as zeros. Weights are
+`sizes[1]` to expert 1; rows after the last expert's belong to nobody and come back as zeros. Weights are
 `[E, O, I]`, as `torch.nn.Linear` keeps each of them.
 
-Each product exists twice: one call of PyTorch an expert, the form to read, and `csrc/grouped_gemm.c` for all of them,
+Each product exists twice: one call of PyTorch per expert, the form to read, and `csrc/grouped_gemm.c` for all of them,
 which is faster on the CPU, above all where an expert has few rows. It is built where there is a C compiler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_edu.kernels.compiled import call, can_be_compiled
+from moe_edu.kernels.compiled import call, can_be_compiled, define_operator, has_tangent
 
-# Beyond so many rows an expert, on average, PyTorch's products of the backward pass are as fast as the compiled ones.
+# Beyond this many rows per expert, on average, PyTorch's products of the backward pass are as fast as compiled ones.
 _FEW_ROWS = 256
 
 
@@ -27,11 +28,8 @@ def linear(
 ) -> Tensor:
     """`[N, O]`: `x[n] @ weight[e].T + bias[e]` for `x [N, I]` and `bias [E, O]`; into `out` where it is given."""
     y = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
-    if _can_be_compiled(sizes, x, y, weight, bias):
-        _call("linear", [x, weight, bias, y], sizes, weight)
-    else:
-        for expert, rows in segments(sizes):
-            torch.addmm(bias[expert], x[rows], weight[expert].T, out=y[rows])
+    product = _linear_by_pytorch if has_tangent(x, weight, bias) else _linear
+    product(x, weight, bias, sizes, y)
     y[sum(sizes) :] = 0
     return y
 
@@ -39,25 +37,16 @@ def linear(
 def grad_input(grad_y: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
     """`[N, I]`: the gradient of `linear` with respect to `x`, from `grad_y [N, O]`."""
     grad_x = grad_y.new_empty(grad_y.shape[0], weight.shape[2])
-    if _few_rows(sizes) and _can_be_compiled(sizes, grad_x, grad_y, weight):
-        _call("grad_input", [grad_y, weight, grad_x], sizes, weight)
-    else:
-        for expert, rows in segments(sizes):
-            torch.mm(grad_y[rows], weight[expert], out=grad_x[rows])
+    product = _grad_input_by_pytorch if has_tangent(grad_y, weight) else _grad_input
+    product(grad_y, weight, sizes, grad_x)
     grad_x[sum(sizes) :] = 0
     return grad_x
 
 
 def grad_weight(grad_y: Tensor, x: Tensor, sizes: Sequence[int], out: Tensor) -> Tensor:
     """Write the gradient of `linear` with respect to `weight` into `out [E, O, I]`, and return it."""
-    if _few_rows(sizes) and _can_be_compiled(sizes, x, grad_y, out):
-        _call("grad_weight", [grad_y, x, out], sizes, out)
-    else:
-        for expert, rows in segments(sizes):
-            torch.mm(grad_y[rows].T, x[rows], out=out[expert])
-        for expert, size in enumerate(sizes):
-            if size == 0:
-                out[expert] = 0
+    product = _grad_weight_by_pytorch if has_tangent(grad_y, x) else _grad_weight
+    product(grad_y, x, sizes, out)
     return out
 
 
@@ -74,6 +63,55 @@ def segments(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
     for expert, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True)):
         if size:
             yield expert, slice(end - size, end)
+
+
+# ---- one call of PyTorch per expert
+
+
+def _linear_by_pytorch(x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+    for expert, rows in segments(sizes):
+        torch.addmm(bias[expert], x[rows], weight[expert].T, out=out[rows])
+
+
+def _grad_input_by_pytorch(grad_y: Tensor, weight: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+    for expert, rows in segments(sizes):
+        torch.mm(grad_y[rows], weight[expert], out=out[rows])
+
+
+def _grad_weight_by_pytorch(grad_y: Tensor, x: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+    for expert, rows in segments(sizes):
+        torch.mm(grad_y[rows].T, x[rows], out=out[expert])
+    for expert, size in enumerate(sizes):
+        if size == 0:
+            out[expert] = 0
+
+
+# ---- compiled code where it serves, as operators
+
+
+def _run_linear(x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+    if _can_be_compiled(sizes, x, out, weight, bias):
+        call("grouped_gemm_linear", x, weight, bias, out, _starts(sizes), *weight.shape)
+    else:
+        _linear_by_pytorch(x, weight, bias, sizes, out)
+
+
+def _run_grad_input(grad_y: Tensor, weight: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+    if _few_rows(sizes) and _can_be_compiled(sizes, out, grad_y, weight):
+        call("grouped_gemm_grad_input", grad_y, weight, out, _starts(sizes), *weight.shape)
+    else:
+        _grad_input_by_pytorch(grad_y, weight, sizes, out)
+
+
+def _run_grad_weight(grad_y: Tensor, x: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+    if _few_rows(sizes) and _can_be_compiled(sizes, x, grad_y, out):
+        call("grouped_gemm_grad_weight", grad_y, x, out, _starts(sizes), *out.shape)
+    else:
+        _grad_weight_by_pytorch(grad_y, x, sizes, out)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [*accumulate(sizes, initial=0)]
 
 
 def _few_rows(sizes: Sequence[int]) -> bool:
@@ -98,6 +136,22 @@ def _can_be_compiled(
     )
 
 
-def _call(product: str, operands: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> None:
-    """Run one of the functions of `csrc/grouped_gemm.c` over contiguous operands."""
-    call(f"grouped_gemm_{product}", *operands, [*accumulate(sizes, initial=0)], *weight.shape)
+def _count_flops(rows_shape: Sequence[int], other_shape: Sequence[int], *rest: Any, **_: Any) -> int:
+    """Two per product of numbers: each row of an expert meets each of its weights."""
+    sizes, out_shape = rest[-2:]
+    *_experts, outputs, inputs = out_shape if len(out_shape) == 3 else other_shape
+    return 2 * sum(sizes) * inputs * outputs
+
+
+def _define(name: str, operands: str, kernel: Callable[..., None]) -> Callable[..., None]:
+    """An operator that writes its result into `out`."""
+    schema = f"grouped_{name}({operands}, SymInt[] sizes, Tensor(a!) out) -> ()"
+    operator: Callable[..., None] = define_operator(
+        schema, kernel, fake=lambda *operands: None, flops=_count_flops
+    )
+    return operator
+
+
+_linear = _define("linear", "Tensor x, Tensor weight, Tensor bias", _run_linear)
+_grad_input = _define("grad_input", "Tensor grad_y, Tensor weight", _run_grad_input)
+_grad_weight = _define("grad_weight", "Tensor grad_y, Tensor x", _run_grad_weight)

@@ -5,15 +5,17 @@ Shapes: N rows, D model width, V vocabulary, k tokens to find.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_edu.kernels.compiled import call, can_be_compiled
+from moe_edu.kernels.compiled import call, can_be_compiled, define_operator, has_tangent
 
-# On the CPU so many logits are made at once: they stay in its cache for the softmax and the choice of the best.
+# On the CPU this many logits are made at once: they stay in its cache for the softmax and the choice of the best.
 _LOGITS_AT_ONCE = 2**18
 # Compiled code sorts what it has found by insertion, which suits a few.
 _FEW_TOKENS = 64
@@ -32,25 +34,49 @@ def most_probable(hidden: Tensor, weight: Tensor, k: int) -> MostProbable:
 
     On the CPU compiled code does it without writing the logits, see `csrc/vocabulary.c`. Probabilities are fp32.
     """
-    if not _can_be_compiled(hidden, weight, k):
-        parts = hidden.split(_LOGITS_AT_ONCE // len(weight) + 1) if hidden.device.type == "cpu" else [hidden]
-        best = [F.linear(part, weight).float().log_softmax(-1).topk(k) for part in parts]
-        return MostProbable(
-            torch.cat([log_probs for log_probs, _ in best]), torch.cat([tokens for _, tokens in best])
-        )
-    (N, D), V = hidden.shape, len(weight)
-    found = MostProbable(hidden.new_empty(N, k), hidden.new_empty(N, k, dtype=torch.long))
-    call("most_probable", hidden.contiguous(), weight, *found, N, V, D, k)
-    return found
+    if torch.is_autocast_enabled("cpu") or not can_be_compiled(hidden, weight) or has_tangent(hidden, weight):
+        return MostProbable(*_by_pytorch(hidden, weight, k))
+    return MostProbable(*_most_probable(hidden, weight, k))
+
+
+def _by_pytorch(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    parts = hidden.split(_LOGITS_AT_ONCE // len(weight) + 1) if hidden.device.type == "cpu" else [hidden]
+    best = [F.linear(part, weight).float().log_softmax(-1).topk(k) for part in parts]
+    return torch.cat([log_probs for log_probs, _ in best]), torch.cat([tokens for _, tokens in best])
 
 
 def _can_be_compiled(hidden: Tensor, weight: Tensor, k: int) -> bool:
     """Whether these are what compiled code may touch: it checks nothing, and PyTorch says what is wrong."""
     return (
         can_be_compiled(hidden, weight)
-        and not torch.is_autocast_enabled("cpu")
         and hidden.ndim == weight.ndim == 2
         and hidden.shape[1] == weight.shape[1]
         and 0 < k <= min(len(weight), _FEW_TOKENS)
         and weight.is_contiguous()
     )
+
+
+def _run(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if not _can_be_compiled(hidden, weight, k):  # PyTorch says what is wrong
+        return _by_pytorch(hidden, weight, k)
+    log_probs, tokens = found = _make_results(hidden, weight, k)
+    call("most_probable", hidden.contiguous(), weight, log_probs, tokens, len(hidden), *weight.shape, k)
+    return found
+
+
+def _make_results(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    N = hidden.shape[0]
+    return hidden.new_empty(N, k), hidden.new_empty(N, k, dtype=torch.long)
+
+
+def _count_flops(hidden_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """Two per product of numbers; the softmax is not counted, as nowhere."""
+    return 2 * hidden_shape[0] * math.prod(weight_shape)
+
+
+_most_probable = define_operator(
+    "most_probable(Tensor hidden, Tensor weight, int k) -> (Tensor, Tensor)",
+    _run,
+    fake=_make_results,
+    flops=_count_flops,
+)

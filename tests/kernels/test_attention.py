@@ -7,6 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_edu.kernels import attention
 from moe_edu.kernels.attention import scaled_dot_product_attention
@@ -124,9 +126,55 @@ def test_compiled_code_never_sees_what_does_not_fit(monkeypatch, wrong):
         scaled_dot_product_attention(query, key, value, bias)
 
 
-def test_a_compiler_sees_an_operator(monkeypatch):
-    monkeypatch.setattr(attention, "call", lambda *arguments: pytest.fail("compiled code was called"))
-    compiled = torch.compile(scaled_dot_product_attention, backend="eager", fullgraph=True)
+def test_a_compiler_sees_one_operator(compiled_code):
+    targets = []
+
+    def remember(graph, _):
+        targets.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    compiled = torch.compile(scaled_dot_product_attention, backend=remember, fullgraph=True)
     tensors = heads(2, 1, 2, 8), heads(2, 5, 2, 8), heads(2, 5, 2, 8)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*tensors), by_definition(*tensors, None))
+    assert targets == [torch.ops.moe_edu.attention.default]
+
+
+def test_a_counter_of_flops_sees_both_products(compiled_code):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        scaled_dot_product_attention(heads(2, 3, 2, 8), heads(2, 5, 2, 8), heads(2, 5, 2, 8))
+    assert counter.get_total_flops() == 2 * (2 * 2) * (2 * 3 * 5 * 8)
+
+
+def test_an_axis_more_is_mapped(either_code):
+    tensors = [torch.stack([heads(2, n, 2, 8) for _ in range(3)]) for n in (1, 5, 5)]
+    with torch.no_grad():
+        mixed = torch.vmap(scaled_dot_product_attention)(*tensors)
+        for actual, *one in zip(mixed, *tensors, strict=True):
+            torch.testing.assert_close(actual, by_definition(*one, None))
+
+
+def test_forward_derivatives_are_not_lost(either_code):
+    """PyTorch has them, or says that it has not."""
+    query, key, value = heads(2, 1, 2, 8), heads(2, 5, 2, 8), heads(2, 5, 2, 8)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(lambda q: scaled_dot_product_attention(q, key, value), (query,), (query,))
+
+
+def test_the_operator_keeps_pytorchs_rules(compiled_code):
+    tensors = heads(2, 1, 2, 8), heads(2, 5, 2, 8), heads(2, 5, 2, 8)
+    torch.library.opcheck(torch.ops.moe_edu.attention.default, (*tensors, None))
+    torch.library.opcheck(torch.ops.moe_edu.attention.default, (*tensors, torch.zeros(2, 1, 1, 5)))
+
+
+def test_a_traced_graph_of_other_sizes_computes_what_pytorch_does(compiled_code):
+    """Nothing checks what a traced graph is given, except the operator: compiled code holds 1,024 keys."""
+    query = heads(2, 1, 2, 8)
+    with torch.no_grad():
+        graph = make_fx(lambda q, k, v: scaled_dot_product_attention(q, k, v))(
+            query, heads(2, 5, 2, 8), heads(2, 5, 2, 8)
+        )
+        assert "moe_edu.attention" in graph.code
+        for keys in (5, 1500):
+            key, value = heads(2, keys, 2, 8), heads(2, keys, 2, 8)
+            torch.testing.assert_close(graph(query, key, value), by_definition(query, key, value, None))

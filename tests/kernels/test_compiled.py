@@ -6,13 +6,11 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import FlopCounterMode
 
 from moe_edu import MoEConfig, MoEEncoder
 from moe_edu.kernels import compiled
-from moe_edu.kernels.compiled import can_be_compiled, why_not_compiled
+from moe_edu.kernels.compiled import can_be_compiled, has_tangent, why_not_compiled
 
 
 def test_is_built_where_there_is_a_compiler():
@@ -28,10 +26,11 @@ def test_says_why_it_is_not_compiled(monkeypatch):
             return 0
 
     assert "bfloat16" in why_not_compiled(torch.bfloat16)
-    monkeypatch.setattr(compiled, "_LIBRARY", Library)
-    assert "AVX2" in why_not_compiled(torch.float32)
-    monkeypatch.setattr(compiled, "_LIBRARY", None)
-    assert "C compiler" in why_not_compiled(torch.float32)
+    assert "AVX2" in compiled._why_not(Library)
+    assert "C compiler" in compiled._why_not(None)
+    monkeypatch.setattr(compiled, "_WHY_NOT", "for a reason")
+    assert why_not_compiled(torch.float32) == "for a reason"
+    assert "bfloat16" in why_not_compiled(torch.bfloat16)
 
 
 def test_a_library_of_another_system_is_none_at_all(monkeypatch, tmp_path):
@@ -45,30 +44,22 @@ def test_a_library_of_another_system_is_none_at_all(monkeypatch, tmp_path):
 
 
 def test_serves_fp32_in_the_memory_of_the_cpu(monkeypatch):
-    monkeypatch.setattr(compiled, "why_not_compiled", lambda dtype: None)
+    monkeypatch.setattr(compiled, "_WHY_NOT", None)
     x = torch.zeros(2)
     assert can_be_compiled(x, x)
     assert not can_be_compiled(x, x.double())
     assert not can_be_compiled(x, x.to("meta"))
-    monkeypatch.setattr(compiled, "why_not_compiled", lambda dtype: "for a reason")
+    monkeypatch.setattr(compiled, "_WHY_NOT", "for a reason")
     assert not can_be_compiled(x, x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
-def test_leaves_operators_to_modes_that_must_see_them(monkeypatch):
-    monkeypatch.setattr(compiled, "why_not_compiled", lambda dtype: None)
-    x = torch.zeros(2)
-    with FlopCounterMode(display=False):
-        assert not can_be_compiled(x)
-    with FakeTensorMode():
-        assert not can_be_compiled(torch.zeros(2))
+def test_knows_a_tangent():
+    x, seen = torch.ones(2), []
+    torch.func.jvp(lambda y: seen.append(has_tangent(x, y)) or y, (x,), (x,))
     with forward_ad.dual_level():
-        assert not can_be_compiled(x)
-    seen = []
-    torch.func.vmap(lambda row: seen.append(can_be_compiled(row)) or row)(x[None])
-    torch.jit.trace(lambda row: seen.append(can_be_compiled(row)) or row + 1, x, check_trace=False)
-    assert seen == [False, False]
-    assert can_be_compiled(x)
+        seen += [has_tangent(x), has_tangent(forward_ad.make_dual(x, x))]
+    assert seen == [True, False, True]
+    assert not has_tangent(x)
 
 
 class LastHiddenState(nn.Module):
@@ -86,7 +77,7 @@ class LastHiddenState(nn.Module):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_traced_layer_computes_what_the_layer_does(gradients):
-    """While torch.jit traces, a size is a tensor, and compiled code would read its address as a size."""
+    """Outside of operators torch.jit makes a tensor of a size, whose address compiled code would take for the size."""
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = MoEConfig(d_model=16, encoder_layers=1, num_experts=3, vocab_size=50, **heads)
     model = LastHiddenState(MoEEncoder(config)).eval()

