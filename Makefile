@@ -1,24 +1,41 @@
-# `make lab` opens the first lesson; `make test` proves that everything works. Both set up what they need, once.
+# `make lab` opens the first lesson; `make test` proves that everything works, and `make quick` that a change breaks
+# little. Each sets up what it needs, once.
 #
 # PYTHON   the interpreter to start from (3.11 or newer)
 # PIP_ARGS further arguments for pip, for example the index of PyTorch's CPU-only builds (see the README)
+# WORKERS  how many processes run tests, each with a browser and a Jupyter server of its own (2 GB)
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 LAB_STAMP := $(VENV)/.lab-is-installed
 TEST_STAMP := $(VENV)/.test-is-installed
 REQUIREMENTS := pyproject.toml constraints.txt $(wildcard moe_edu/kernels/csrc/*)
 
-.PHONY: lab test gpu lint notebooks site clean
+# A file's tests stay together, and what takes longest begins first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+.PHONY: lab test quick nightly screenshots gpu lint notebooks site clean
 
 lab: $(LAB_STAMP)
 	$(BIN)/moe-edu lab
 
 test: $(TEST_STAMP) lint
-	$(BIN)/python -m pytest
-	MOE_EDU_PROGRESS=$(abspath $(VENV))/progress.json $(BIN)/python -m pytest --nbval notebooks
+	$(PYTEST) --nbval -m "not nightly and not screenshots" tests notebooks
+
+# Style, types, and the tests without a browser, a notebook or a training run.
+quick: $(TEST_STAMP) lint
+	$(PYTEST) -m "not slow and not nightly" tests
+
+# All there is: also the trainings of minutes, and every lesson in every place.
+nightly: $(TEST_STAMP) lint
+	$(PYTEST) --nbval -m "not screenshots" tests notebooks
+
+# Pictures of every lesson in JupyterLab, light and dark, at two widths, in build/screenshots.
+screenshots: $(TEST_STAMP)
+	$(PYTEST) -m screenshots tests/browser
 
 # On a machine with an NVIDIA GPU: its tests, then the table, which is also left as data and as a picture.
 gpu: $(TEST_STAMP)

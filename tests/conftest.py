@@ -1,4 +1,8 @@
-"""What all tests share: one thread, hypothesis settings, skips with their reasons, a tiny configuration."""
+"""What all tests share: one thread, hypothesis settings, markers by folder, a tiny configuration."""
+
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,31 +11,66 @@ from hypothesis import settings
 from moe_edu.config import MoEConfig
 from moe_edu.kernels import compiled
 
-# One thread: results repeat bit for bit, and several test runs can share a machine.
+# One thread, here and in the processes that tests start: results repeat bit for bit, and workers share the machine.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Exercises that tests or notebooks solve are not the developer's.
+_HOME = tempfile.TemporaryDirectory()
+os.environ["MOE_EDU_PROGRESS"] = str(Path(_HOME.name) / "progress.json")
 
 settings.register_profile("moe_edu", deadline=None, max_examples=50)
 settings.load_profile("moe_edu")
 
+# What `make quick` leaves out, longest first: what begins early does not keep one worker waiting for the other.
+SLOW = (
+    "tests/project/test_clean_environment.py",
+    "tests/browser",
+    "tests/project/test_notebooks.py::test_runs",
+    "tests/project/test_notebooks.py::TestLesson07",
+    "notebooks",
+    "tests/training",
+    "tests/experiments",
+)
+# Their saved outputs come from minutes of training.
+FULL_TRAINING = ("notebooks/07_", "notebooks/09_")
 
+
+@pytest.hookimpl(tryfirst=True)  # -m and the workers of xdist read the markers
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no NVIDIA GPU: torch.cuda.is_available() is False")
+    no_gpu = pytest.mark.skip(reason="no NVIDIA GPU: torch.cuda.is_available() is False")
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        if item.nodeid.startswith(SLOW):
+            item.add_marker("slow")
+        if item.nodeid.startswith(FULL_TRAINING):
+            item.add_marker("nightly")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=_rank)
+
+
+def _group(item):
+    """What one worker runs in order: a file, whose fixtures are made once; of the lessons in JupyterLab, each."""
+    file = item.nodeid.partition("::")[0]
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return f"{file} {params['name']}" if file.endswith("test_notebooks_in_lab.py") else file
+
+
+def _rank(item):
+    return next((rank for rank, start in enumerate(SLOW) if item.nodeid.startswith(start)), len(SLOW))
 
 
 @pytest.fixture(autouse=True)
-def _seed():
-    """Each test draws the same numbers, whichever ran before it."""
+def _seed_and_one_thread():
+    """Each test draws the same numbers on one thread, whichever test ran before it."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _progress_of_its_own(tmp_path, monkeypatch):
-    """Exercises that tests solve are not the developer's."""
+    """What a test solves no other test has solved."""
     monkeypatch.setenv("MOE_EDU_PROGRESS", str(tmp_path / "progress.json"))
 
 

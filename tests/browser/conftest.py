@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def browser():
+    expect.set_options(timeout=PATIENCE_MS)
     with open_browser() as browser:
         yield browser
 
@@ -170,9 +171,7 @@ class RunNotebook:
         """Those in the page, as soon as all that its cells show are alive."""
         source = "\n".join("".join(cell["source"]) for cell in self.cells() if cell["cell_type"] == "code")
         alive = self.page.locator(EXPLORER)
-        expect(alive).to_have_count(
-            len(re.findall(r"explorers\.(?:show|get)\(", source)), timeout=PATIENCE_MS
-        )
+        expect(alive).to_have_count(len(re.findall(r"explorers\.(?:show|get)\(", source)))
         return alive.all()
 
     def answers_to_a_key(self, explorer):

@@ -1,6 +1,6 @@
-"""Every notebook in JupyterLab: it runs to its end, is drawn, can be read by everyone, and judges what is typed.
+"""Every notebook in JupyterLab: it runs to its end, can be read by everyone, and judges what is typed.
 
-Pictures of all pages are written to build/screenshots/<notebook>/<theme>-<width>-<number>.png for people to look at.
+`make screenshots` writes pictures of all pages to build/screenshots/<notebook>/<theme>-<width>-<number>.png.
 """
 
 import inspect
@@ -25,7 +25,6 @@ WIDTHS = (1280, 1920)
 SLICE = 1600  # pixels of a window's height
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 SCROLLED = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer"
-PATIENCE_MS = 60_000  # for one cell, on a machine that is shared
 WRITTEN = [".jp-Notebook .jp-RenderedHTMLCommon", ".jp-Notebook .jp-OutputArea-output"]
 # What hides a part of itself at its right, or has to be scrolled sideways to be read.
 TOO_WIDE = """[...document.querySelectorAll(".jp-Notebook-cell *")]
@@ -81,6 +80,7 @@ class TestAsDelivered:
         assert notebook.complaints == []
         assert notebook.elsewhere == []
 
+    @pytest.mark.screenshots
     @each_theme
     def test_is_drawn(self, notebook, name, theme):
         folder = SCREENSHOTS / Path(name).stem
@@ -174,7 +174,7 @@ def wait_for_tokens(page, text):
 def expect_verdict(output, exercise, sign, verdict):
     """Wait until a cell's output says `verdict`, as `exercises.check` prints it."""
     text = f"{sign} {exercise.key} {exercise.title} – {verdict.outcome}. {verdict.message}"
-    expect(output).to_have_text(text, timeout=PATIENCE_MS)
+    expect(output).to_have_text(text)
 
 
 def made(source, name):
