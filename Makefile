@@ -14,8 +14,8 @@ LAB_STAMP := $(VENV)/.lab-is-installed
 TEST_STAMP := $(VENV)/.test-is-installed
 REQUIREMENTS := pyproject.toml constraints.txt $(wildcard moe_edu/kernels/csrc/*)
 
-# A file's tests stay together, and what takes longest begins first (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# A file stays with one worker, which makes its fixtures or its kernel once; what takes longest begins first.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: lab test quick nightly screenshots gpu lint notebooks site clean
 

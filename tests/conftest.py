@@ -24,6 +24,7 @@ settings.load_profile("moe_edu")
 
 # What `make quick` leaves out, longest first: what begins early does not keep one worker waiting for the other.
 SLOW = (
+    "tests/browser/test_notebooks_in_lab.py",
     "tests/project/test_clean_environment.py",
     "tests/browser",
     "tests/project/test_notebooks.py::test_runs",
@@ -36,7 +37,7 @@ SLOW = (
 FULL_TRAINING = ("notebooks/07_", "notebooks/09_")
 
 
-@pytest.hookimpl(tryfirst=True)  # -m and the workers of xdist read the markers
+@pytest.hookimpl(tryfirst=True)  # -m reads the markers
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="no NVIDIA GPU: torch.cuda.is_available() is False")
     for item in items:
@@ -46,15 +47,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker("nightly")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     items.sort(key=_rank)
-
-
-def _group(item):
-    """What one worker runs in order: a file, whose fixtures are made once; of the lessons in JupyterLab, each."""
-    file = item.nodeid.partition("::")[0]
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return f"{file} {params['name']}" if file.endswith("test_notebooks_in_lab.py") else file
 
 
 def _rank(item):

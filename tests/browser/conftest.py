@@ -49,6 +49,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def patience_ms():
+    return PATIENCE_MS
+
+
+@pytest.fixture(scope="session")
 def browser():
     expect.set_options(timeout=PATIENCE_MS)
     with open_browser() as browser:

@@ -19,8 +19,9 @@ RANDOM_STATES = 60
 
 
 @pytest.fixture(scope="module")
-def page(browser):
+def page(browser, patience_ms):
     page = browser.new_page(viewport={"width": 800, "height": 900})
+    page.set_default_timeout(patience_ms)
     yield page
     page.close()
 

@@ -2,14 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from moe_edu import TextTranslator, load_pretrained
+from moe_edu import TextTranslator, cli, load_pretrained
 from moe_edu.data import UnknownLanguageError
 from moe_edu.model import pretrained
 from moe_edu.model.checkpoint import CheckpointError
@@ -225,9 +225,8 @@ class TestDamage:
 
 class TestCommandLine:
     def moe_edu(self, *arguments, **options):
-        return subprocess.run(
-            [sys.executable, "-m", "moe_edu.cli", *arguments], capture_output=True, text=True, **options
-        )
+        done = CliRunner().invoke(cli.main, arguments, **options)
+        return SimpleNamespace(returncode=done.exit_code, stdout=done.stdout, stderr=done.stderr)
 
     def test_translates(self):
         done = self.moe_edu("translate", "--to", "eng_Latn", "quinta-feira, 1 de agosto de 1996")
@@ -267,6 +266,7 @@ class TestCommandLine:
             assert option in text
 
     def test_a_field_out_of_range_is_named(self, tmp_path):
-        done = self.moe_edu("train", "--out", str(tmp_path), "--encoder-attention-heads", "7", "--steps", "1")
+        quick = ("--languages", "eng_Latn,fra_Latn", "--vocab-size", "600", "--steps", "1")
+        done = self.moe_edu("train", "--out", str(tmp_path), *quick, "--encoder-attention-heads", "7")
         assert done.returncode == 1
         assert "encoder_attention_heads must divide" in done.stderr
