@@ -1,9 +1,8 @@
-"""The command line: `moe-edu lab | train | translate | bench`."""
+"""The command line: `moe-edu lab | train | translate | bench`. Each command imports its own part when it runs."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import os
 import re
@@ -17,16 +16,30 @@ from typing import Any
 
 import click
 
-from moe_edu.bench import bench
 from moe_edu.config import MoEConfig
-from moe_edu.system.lab import lab_command
 from moe_edu.training.settings import TrainingSettings
 
 # Set by the corpus and the tokenizer, not by hand.
 _DERIVED = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """The commands of this file, and `bench`, whose own file has its commands."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*super().list_commands(context), "bench"])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name != "bench":
+            return super().get_command(context, name)
+        from moe_edu.bench.command import bench
+
+        return bench
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="moe-edu")
 def main() -> None:
     """Learn the sparse Mixture-of-Experts encoder of NLLB-MoE."""
@@ -108,9 +121,13 @@ def _split_codes(text: str) -> tuple[str, ...] | None:
 @fail_clearly
 def lab(notebook: str, port: int | None, no_browser: bool) -> None:
     """Open JupyterLab on the lessons."""
+    from moe_edu.system.lab import lab_command
+    from moe_edu.system.requirements import explain_missing
+
+    advice = explain_missing("jupyterlab")
+    if advice is not None:
+        raise click.ClickException(advice)
     folder = find_notebooks()
-    if importlib.util.find_spec("jupyterlab") is None:
-        raise click.ClickException('JupyterLab is not installed here: run `pip install "moe-edu[lab]"` first')
     if not (folder / notebook).is_file():
         names = ", ".join(sorted(path.name for path in folder.glob("*.ipynb")))
         raise click.ClickException(f"there is no lesson {notebook}; there are {names}")
@@ -249,9 +266,6 @@ def translate(
         sys.stdin.reconfigure(encoding="utf-8-sig")
     for line in text or (line.rstrip("\n") for line in sys.stdin):
         click.echo(translator.translate(line, target=to, source=source, num_beams=beams))
-
-
-main.add_command(bench)
 
 
 if __name__ == "__main__":

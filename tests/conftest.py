@@ -36,6 +36,14 @@ SLOW = (
 # Their saved outputs come from minutes of training.
 FULL_TRAINING = ("notebooks/07_", "notebooks/09_")
 
+def pytest_ignore_collect(collection_path, config):
+    """`-m gpu` reads only the files that have such tests: a machine that only computes may lack Jupyter."""
+    if config.getoption("markexpr") != "gpu" or collection_path == config.rootpath / "tests":
+        return None
+    folder = collection_path.is_dir()
+    files = collection_path.rglob("test_*.py") if folder else [collection_path]
+    return None if any("mark.gpu" in path.read_text("utf-8") for path in files) else True
+
 
 @pytest.hookimpl(tryfirst=True)  # -m reads the markers
 def pytest_collection_modifyitems(items):

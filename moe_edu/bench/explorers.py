@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import click
 
-from moe_edu.bench.lab import Lab, explain_missing_lab, open_lab
+from moe_edu.bench.lab import Lab, open_lab
 from moe_edu.bench.options import json_option, plot_option
 from moe_edu.bench.plot import Row, Sample, dots_svg, write_plot
 from moe_edu.bench.report import Machine, format_machine, this_machine, write_json
 from moe_edu.system.browser import open_browser
+from moe_edu.system.requirements import explain_missing
 
 BOX = "translate_box"  # measured with the explorers: the lessons compute it in Python while the reader types
 _CONTROL = ".moe-x input[type=range], .moe-x [role=slider], .moe-x select"
@@ -149,13 +150,16 @@ def explorers(
 
     First as it computes in the page; then linked to Python in a separate JupyterLab, together with the translation box.
     """
+    advice = explain_missing()
+    if advice is not None:
+        raise click.ClickException(advice)
     from moe_edu.explorers import NAMES
 
     names = only or (*NAMES, BOX)
     unknown = set(names) - {*NAMES, BOX}
     if unknown:
         raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join((*NAMES, BOX))}")
-    advice = explain_missing_lab()
+    advice = explain_missing("jupyterlab")
     if python and advice is not None:
         click.echo(f"the way through Python is left out: {advice}")
     machine = this_machine()

@@ -6,12 +6,8 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
 
 from moe_edu.system.isolated import serve_apart
 from moe_edu.system.lab import lab_command
@@ -31,6 +27,9 @@ class Lab:
     @contextmanager
     def run(self, source: str) -> Iterator[Any]:
         """The page of a notebook whose only cell, `source`, has run."""
+        import nbformat  # here: it comes with JupyterLab, which the other benchmarks do without
+        from nbformat.v4 import new_code_cell, new_notebook
+
         name = secrets.token_hex(4)
         notebook = new_notebook(cells=[new_code_cell(source)], metadata={"kernelspec": _KERNEL})
         nbformat.write(notebook, self._folder / f"{name}.ipynb")
@@ -45,11 +44,6 @@ class Lab:
         finally:
             page.evaluate("() => window.jupyterapp.commands.execute('kernelmenu:shutdown')")
             page.close()
-
-
-def explain_missing_lab() -> str | None:
-    """What to do if JupyterLab is not installed; None if it is."""
-    return None if find_spec("jupyterlab") else 'install JupyterLab: pip install "moe-edu[lab]"'
 
 
 @contextmanager

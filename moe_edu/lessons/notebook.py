@@ -36,7 +36,8 @@ def begin() -> None:
 
         output.enable_custom_widget_manager()
     show(f"<style>{STYLE_SHEET}</style>")
-    for line in advise(service, find_lacks(requirements_of()), torch.cuda.is_available()):
+    lacks = find_lacks(requirements_of() + requirements_of("lessons"))
+    for line in advise(service, lacks, torch.cuda.is_available()):
         print(line)
 
 

@@ -1,6 +1,6 @@
-"""What the lessons need and this Python lacks, in one line that says how to mend it.
+"""What the package needs and this Python lacks, in one line that says how to fix it.
 
-On Colab and Kaggle the package is installed without its dependencies, so that theirs stay: nobody else checks.
+On Colab and Kaggle the package is installed without its dependencies, so that theirs stay: nothing else checks them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from typing import NamedTuple
 
 PACKAGE = "moe-edu"
@@ -28,12 +29,26 @@ class MissingRequirementError(ImportError):
         return [f"{type(self).__name__}: {self}"]
 
 
-def requirements_of(package: str = PACKAGE) -> list[str]:
-    """Its requirements but for extras, like "torch>=2.10"; none where the package runs without being installed."""
+def requirements_of(extra: str = "", package: str = PACKAGE) -> list[str]:
+    """What `package` needs, like "torch>=2.10"; none where it runs without being installed.
+
+    Args:
+        extra: one of its extras, for what that adds, the extras that it is made of included; "" for what is always
+            needed.
+        package: an installed package.
+    """
     try:
-        return [text for text in requires(package) or () if "extra ==" not in text]
+        declared = requires(package) or ()
     except PackageNotFoundError:
         return []
+    found = []
+    for text in declared:
+        requirement, _, condition = (part.strip() for part in text.partition(";"))
+        if extra != "".join(re.findall(r"""extra == ["']([\w-]+)["']""", condition)):
+            continue
+        inner = re.fullmatch(rf"{re.escape(package)}\[([\w-]+)\]", requirement)
+        found += requirements_of(inner[1], package) if inner else [requirement]
+    return found
 
 
 def find_lacks(requirements: Iterable[str], installed: Callable[[str], str] = version) -> list[Lack]:
@@ -56,19 +71,34 @@ def find_lacks(requirements: Iterable[str], installed: Callable[[str], str] = ve
     return lacks
 
 
+def find_missing(extra: str = "") -> list[str]:
+    """Names of the packages that are not there, of those always needed or of those that `extra` adds."""
+    return [lack.name for lack in find_lacks(requirements_of(extra)) if lack.found is None]
+
+
+def explain_missing(*others: str) -> str | None:
+    """For the command line: which of the lessons' packages and of `others` are not there, and how to install them.
+
+    Returns:
+        None where all are there.
+    """
+    missing = find_missing("lessons") + [name for name in others if find_spec(name) is None]
+    return f'not installed: {", ".join(missing)}. Run `pip install "{PACKAGE}[lab]"`' if missing else None
+
+
 def describe_missing(names: Iterable[str]) -> str:
-    """One line on packages that are not there."""
+    """For notebooks: one line on packages that are not there."""
     packages = " ".join(names)
     return f"not installed: {packages}. Run %pip install {packages} in a cell, then run this cell again."
 
 
 def require_all() -> None:
-    """Say at once what no import would find.
+    """Name at once all that the lessons' imports would stumble over one by one.
 
     Raises:
         MissingRequirementError: names every missing package, and the command that installs them.
     """
-    missing = [lack.name for lack in find_lacks(requirements_of()) if lack.found is None]
+    missing = find_missing() + find_missing("lessons")
     if missing:
         raise MissingRequirementError(describe_missing(missing))
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from moe_edu.bench import LayerSize, bench, run_layer_bench
+from moe_edu.bench import LayerSize, run_layer_bench
 from moe_edu.bench import explorers as explorers_bench
 from moe_edu.bench import layer as layer_bench
 from moe_edu.bench import model as model_bench
+from moe_edu.bench.command import bench
 from moe_edu.bench.contenders import our_layer, with_backend
 from moe_edu.bench.curve import curve_sizes, format_curve, make_curves
 from moe_edu.bench.exact import exact_step, forward_error, gradient_error

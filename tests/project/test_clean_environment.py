@@ -1,7 +1,8 @@
 """Every notebook where a reader meets it first: an environment like Colab's, an empty folder, nothing of ours beside.
 
-The environment has a PyTorch and the packages that Colab has, in Colab's versions; the notebooks' own first cell brings
-the rest. Its `git+https://...` is served from a copy of this checkout, with what is not committed yet.
+The environment has the packages that Colab has, in Colab's versions, and a link to the PyTorch that is installed here;
+the notebooks' own first cell brings the rest. Its `git+https://...` is served from a copy of this checkout, with what
+is not committed yet.
 """
 
 import json
@@ -10,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
@@ -34,12 +34,18 @@ TRAINING = ("07", "09")  # lessons that train for minutes: here a few steps show
 
 # Colab's runtime 2026.01, but for PyTorch: pip-freeze.txt of github.com/googlecolab/backend-info at bd8aaa45.
 OF_COLAB = {
-    "ipykernel": "6.17.1",  # the kernel itself,
+    "ipykernel": "6.17.1",  # the kernel itself, with old packages that newer kernels do without,
     "ipython": "7.34.0",
     "jupyter_client": "7.4.9",
     "pyzmq": "26.2.1",
     "tornado": "6.5.1",
     "traitlets": "5.7.1",
+    "backcall": "0.2.0",
+    "decorator": "4.4.2",
+    "ipython-genutils": "0.2.0",
+    "nest-asyncio": "1.6.0",
+    "pickleshare": "0.7.5",
+    "widgetsnbextension": "3.6.10",
     "ipywidgets": "7.7.1",  # and of what the package needs all but anywidget and sacrebleu
     "plotly": "5.24.1",
     "numpy": "2.0.2",
@@ -48,6 +54,21 @@ OF_COLAB = {
     "tqdm": "4.67.1",
     "click": "8.3.1",
 }
+# What these need besides, and PyTorch: linked, not installed.
+LINKED = (
+    *(
+        "torch",
+        "pip",
+        "debugpy",
+        "entrypoints",
+        "huggingface-hub",
+        "jedi",
+        "jupyter-core",
+        "jupyterlab-widgets",
+    ),
+    *("matplotlib-inline", "packaging", "pexpect", "prompt-toolkit", "psutil", "pygments", "python-dateutil"),
+    "tenacity",
+)
 NO_REGISTRY = re.compile(
     r"\(from versions: none\)|ConnectionError|ConnectTimeout|ReadTimeout|name resolution|unreachable"
 )
@@ -90,8 +111,8 @@ class Place:
 
     def torch_files(self) -> dict[str, tuple[int, int]]:
         """Size and time of change of every file of PyTorch but compiled Python."""
-        (site,) = (self.folder / "env" / "lib").glob("python*/site-packages")
-        folders = [site / "torch", *site.glob("torch-*.dist-info")]
+        links = self.folder / "env" / "links"
+        folders = [links / "torch", *links.glob("torch-*.dist-info")]
         return {
             str(path): (path.stat().st_size, path.stat().st_mtime_ns)
             for folder in folders
@@ -154,46 +175,41 @@ def errors(notebook: nbformat.NotebookNode) -> list[str]:
     ]
 
 
-def commit_of_this_checkout(folder: Path) -> None:
-    """A git repository of the files here that git does not ignore."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
-    )
-    if listed.returncode:
-        pytest.skip("not a git checkout: the notebooks install from one")
-    for file in filter(None, listed.stdout.split("\0")):
-        if (ROOT / file).is_file():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
+def commit(folder: Path) -> None:
+    """Make a git repository of the files in `folder`."""
     author = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "as it is"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory):
+def bare(tmp_path_factory, make_environment):
     """The place before any notebook, with what was in it then."""
     place = Place(tmp_path_factory.mktemp("clean"))
-    subprocess.run([sys.executable, "-m", "venv", place.folder / "env"], check=True)
-    torch = version("torch").split("+")[0]
-    pins = [f"{name}=={pin}" for name, pin in OF_COLAB.items()]
-    place.pip("install", "-q", "--no-compile", f"torch=={torch}", *pins)
-    # Colab's own module, of which `lessons.begin` calls one function.
+    make_environment(place.folder / "env", LINKED)
+    pins = (f"{name}=={pin}" for name, pin in OF_COLAB.items())
+    place.pip("install", "-q", "--no-compile", "--no-deps", *pins)
     (site,) = (place.folder / "env" / "lib").glob("python*/site-packages")
+    # The server that widgetsnbextension asks for, in name alone: the kernel runs without it, and it brings 60 packages.
+    (site / "notebook-6.5.7.dist-info").mkdir()
+    (site / "notebook-6.5.7.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: notebook\nVersion: 6.5.7\n", "utf-8"
+    )
+    # Colab's own module, of which `lessons.begin` calls one function.
     (site / "google" / "colab").mkdir(parents=True)
     (site / "google" / "colab" / "output.py").write_text(
         "def enable_custom_widget_manager():\n    print('custom widgets are enabled')\n", "utf-8"
     )
-    yield place, place.packages(), place.torch_files()
-    shutil.rmtree(place.folder)  # more than a gigabyte
+    return place, place.packages(), place.torch_files()
 
 
 @pytest.fixture(scope="module")
-def installed(bare):
+def installed(bare, copy_checkout):
     """The place after the first lesson, which was run as on Colab, and that lesson."""
     place, *_ = bare
     source = place.folder / "source"
-    commit_of_this_checkout(source)
+    copy_checkout(source)
+    commit(source)
     name = read_name((ROOT / "pyproject.toml").read_text("utf-8"))
     lesson = place.run(
         read(NOTEBOOKS[0]),

@@ -13,6 +13,8 @@ from moe_edu.exercises.registry import all_exercises
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+CORE, EXTRAS = PYPROJECT["dependencies"], PYPROJECT["optional-dependencies"]
+LAB = [requirement for requirement in EXTRAS["lab"] if not requirement.startswith("moe-edu[")]
 CONDA_NAMES = {"torch": "pytorch-cpu"}
 
 
@@ -29,7 +31,7 @@ def as_conda(requirements: list[str]) -> set[str]:
 
 
 def test_conda_installs_the_packages_list():
-    wanted = as_conda(PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["lab"])
+    wanted = as_conda(CORE + EXTRAS["lessons"] + LAB)
     assert set(conda_list("environment.yml")) == wanted | {"python>=3.11,<3.14", "pip"}
 
 
@@ -60,14 +62,18 @@ def test_pip_takes_what_conda_hands_it(path, tmp_path):
 
 def test_binder_installs_the_same_but_what_it_brings_itself():
     entries = conda_list("binder/environment.yml")
-    assert set(entries[2:]) == as_conda(PYPROJECT["dependencies"]) | {"pip"}
+    assert set(entries[2:]) == as_conda(CORE + EXTRAS["lessons"]) | {"pip"}
     # One exact Python, and the small BLAS: tests/test_binder.py says why.
     assert re.fullmatch(r"python=3\.1[1-3]", entries[0])
     assert entries[1] == "libblas=*=*openblas"
 
 
+def test_the_lab_has_all_that_the_lessons_import():
+    assert EXTRAS["lab"][0] == "moe-edu[lessons]"
+
+
 def test_torch_is_pinned_in_the_constraints_only():
-    assert [d for d in PYPROJECT["dependencies"] if d.startswith("torch")] == ["torch>=2.10"]
+    assert [d for d in CORE if d.startswith("torch")] == ["torch>=2.10"]
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
 
 
@@ -75,8 +81,7 @@ def test_every_direct_dependency_is_pinned_in_the_constraints():
     pinned = {
         line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     }
-    extras = PYPROJECT["optional-dependencies"]
-    for requirement in PYPROJECT["dependencies"] + extras["lab"] + extras["site"] + extras["test"]:
+    for requirement in CORE + EXTRAS["lessons"] + LAB + EXTRAS["site"] + EXTRAS["test"]:
         assert re.match(r"[\w-]+", requirement)[0].lower() in pinned
 
 
@@ -118,7 +123,7 @@ class TestWorkflows:
     def test_every_system_with_the_oldest_and_the_newest_python_and_pytorch(self):
         corners = self.read("tests.yml")["jobs"]["systems"]["strategy"]["matrix"]["include"]
         oldest = PYPROJECT["requires-python"].removeprefix(">=")
-        (torch,) = (d for d in PYPROJECT["dependencies"] if d.startswith("torch"))
+        (torch,) = (d for d in CORE if d.startswith("torch"))
         newest = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text("utf-8"), re.M)[1]
         pairs = {(oldest, torch.removeprefix("torch>=") + ".0"), ("3.13", newest)}
         for system in ("ubuntu-latest", "macos-latest", "windows-latest"):

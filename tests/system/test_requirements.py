@@ -1,5 +1,6 @@
 """What is missing or too old is said in one line, with what mends it; on Colab and Kaggle, in terms of their menus."""
 
+import re
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -11,6 +12,7 @@ from moe_edu.system.requirements import (
     Lack,
     MissingRequirementError,
     describe_missing,
+    explain_missing,
     find_lacks,
     require_all,
     requirements_of,
@@ -43,19 +45,27 @@ class TestLacks:
 
     def test_ours_are_met_here(self):
         assert "torch>=2.10" in requirements_of()
-        assert find_lacks(requirements_of()) == []
+        assert find_lacks(requirements_of() + requirements_of("lessons")) == []
 
-    def test_extras_are_no_requirements(self):
-        assert not [text for text in requirements_of() if "extra" in text or "papermill" in text]
+    def test_an_extra_is_what_it_adds(self):
+        assert not [text for text in requirements_of() if re.match("plotly|papermill|moe-edu", text)]
+        assert "plotly>=5.24" in requirements_of("lessons")
+        assert "torch>=2.10" not in requirements_of("lessons")
+
+    def test_an_extra_of_extras(self):
+        assert {*requirements_of("lessons"), "papermill>=2.6"} <= {*requirements_of("lab")}
 
     def test_a_package_that_is_not_installed_requires_nothing(self):
-        assert requirements_of("no-such-package-of-ours") == []
+        assert requirements_of(package="no-such-package-of-ours") == []
 
 
 class TestMissing:
     def test_is_raised_with_the_command_that_mends_it(self, monkeypatch):
-        lacks = [Lack("sacrebleu", "2.5", None), Lack("torch", "2.10", "2.9"), Lack("anywidget", "0.9", None)]
-        monkeypatch.setattr(requirements, "find_lacks", lambda _: lacks)
+        lacks = [
+            [Lack("sacrebleu", "2.5", None), Lack("torch", "2.10", "2.9")],
+            [Lack("anywidget", "0.9", None)],
+        ]
+        monkeypatch.setattr(requirements, "find_lacks", lambda _: lacks.pop(0))
         with pytest.raises(MissingRequirementError, match="Run %pip install sacrebleu anywidget in a cell"):
             require_all()
 
@@ -67,6 +77,14 @@ class TestMissing:
 
     def test_passes_here(self):
         require_all()
+        assert explain_missing("jupyterlab") is None
+
+    def test_the_command_line_names_the_extra(self, monkeypatch):
+        monkeypatch.setattr(
+            requirements, "find_missing", lambda extra: ["plotly"] if extra == "lessons" else []
+        )
+        expected = 'not installed: plotly, no_such_module. Run `pip install "moe-edu[lab]"`'
+        assert explain_missing("no_such_module", "json") == expected
 
 
 class TestService:
