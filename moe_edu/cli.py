@@ -1,4 +1,4 @@
-"""The command line: `moe-edu lab | train | translate | bench`. Each command imports its own part when it runs."""
+"""The command line: `moe-edu lab | lessons | train | translate | bench`; each command imports its part when it runs."""
 
 from __future__ import annotations
 
@@ -120,14 +120,20 @@ def _split_codes(text: str) -> tuple[str, ...] | None:
 @click.option("--no-browser", is_flag=True, help="Print the address instead of opening it.")
 @fail_clearly
 def lab(notebook: str, port: int | None, no_browser: bool) -> None:
-    """Open JupyterLab on the lessons."""
+    """Open JupyterLab on the lessons, outside a clone on a copy of them in ./moe_edu_lessons."""
     from moe_edu.system.lab import lab_command
+    from moe_edu.system.notebooks import COPY, copy_lessons, find_clone
     from moe_edu.system.requirements import explain_missing
 
     advice = explain_missing("jupyterlab")
     if advice is not None:
         raise click.ClickException(advice)
-    folder = find_notebooks()
+    folder = find_clone()
+    if folder is None:
+        folder = Path.cwd() / COPY
+        click.echo(
+            f"the lessons are in {folder}, where your changes stay ({copy_lessons(folder)[0]} files copied)"
+        )
     if not (folder / notebook).is_file():
         names = ", ".join(sorted(path.name for path in folder.glob("*.ipynb")))
         raise click.ClickException(f"there is no lesson {notebook}; there are {names}")
@@ -139,12 +145,16 @@ def lab(notebook: str, port: int | None, no_browser: bool) -> None:
     raise SystemExit(subprocess.call(command))
 
 
-def find_notebooks() -> Path:
-    """The lessons' folder: beside the package in a clone, else in the current folder."""
-    for root in (Path(__file__).parent.parent, Path.cwd()):
-        if any((root / "notebooks").glob("*.ipynb")):
-            return root / "notebooks"
-    raise click.ClickException("no notebooks/ folder here: run this in a clone of the project")
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default="moe_edu_lessons")
+@fail_clearly
+def lessons(folder: Path) -> None:
+    """Copy the lessons to FOLDER, by default moe_edu_lessons; no file that is there is replaced."""
+    from moe_edu.system.notebooks import copy_lessons
+
+    copied, kept = copy_lessons(folder)
+    there = f"; {kept} were there and stay as they are" if kept else ""
+    click.echo(f"{copied} files copied to {folder}{there}")
 
 
 @main.command()

@@ -51,3 +51,22 @@ def test_the_command_starts_it_on_the_first_lesson(monkeypatch, options):
     assert command[0] == sys.executable
     assert "--LabApp.default_url=/lab/tree/00_start_here.ipynb" in command
     assert ("--port=9999" in command) == ("--no-browser" in command) == bool(options)
+
+
+def test_outside_a_clone_it_opens_a_copy(monkeypatch, tmp_path):
+    (tmp_path / "package" / "notebooks").mkdir(parents=True)
+    (tmp_path / "package" / "notebooks" / "02_the_router.ipynb").touch()
+    monkeypatch.setattr("moe_edu.system.notebooks._PACKAGE", tmp_path / "package")
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setattr(subprocess, "call", lambda command: started.append(command) or 0)
+    done = CliRunner().invoke(cli.main, ["lab", "02_the_router.ipynb"])
+    assert done.exit_code == 0, done.output
+    assert f"--notebook-dir={tmp_path / 'moe_edu_lessons'}" in started[0]
+    assert (tmp_path / "moe_edu_lessons" / "02_the_router.ipynb").is_file()
+
+
+def test_a_lesson_that_is_not_there_is_answered_with_those_that_are():
+    done = CliRunner().invoke(cli.main, ["lab", "02"])
+    assert done.exit_code == 1
+    assert "there is no lesson 02; there are 00_start_here.ipynb, 01_" in done.output
