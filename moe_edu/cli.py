@@ -158,6 +158,14 @@ def lessons(folder: Path) -> None:
 
 
 @main.command()
+def env() -> None:
+    """Print what a report of a fault needs: versions, the machine, the device and the back end."""
+    from moe_edu.environment import describe_environment
+
+    click.echo(describe_environment())
+
+
+@main.command()
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

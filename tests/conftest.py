@@ -36,6 +36,7 @@ SLOW = (
 # Their saved outputs come from minutes of training.
 FULL_TRAINING = ("notebooks/07_", "notebooks/09_")
 
+
 def pytest_ignore_collect(collection_path, config):
     """`-m gpu` reads only the files that have such tests: a machine that only computes may lack Jupyter."""
     if config.getoption("markexpr") != "gpu" or collection_path == config.rootpath / "tests":

@@ -32,16 +32,15 @@ from moe_edu.bench.options import (
 from moe_edu.bench.pictures import curve_svg, layer_svg, model_svg
 from moe_edu.bench.plot import write_plot
 from moe_edu.bench.report import (
-    Machine,
     format_header,
     format_machine,
     format_missing,
     format_row,
     format_summary,
     layer_result_to_dict,
-    this_machine,
     write_json,
 )
+from moe_edu.system.machine import Machine, this_machine
 
 
 @click.group()

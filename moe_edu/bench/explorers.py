@@ -19,8 +19,9 @@ import click
 from moe_edu.bench.lab import Lab, open_lab
 from moe_edu.bench.options import json_option, plot_option
 from moe_edu.bench.plot import Row, Sample, dots_svg, write_plot
-from moe_edu.bench.report import Machine, format_machine, this_machine, write_json
+from moe_edu.bench.report import format_machine, write_json
 from moe_edu.system.browser import open_browser
+from moe_edu.system.machine import Machine, this_machine
 from moe_edu.system.requirements import explain_missing
 
 BOX = "translate_box"  # measured with the explorers: the lessons compute it in Python while the reader types

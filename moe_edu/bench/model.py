@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_edu.analysis.parity import relative_difference
-from moe_edu.bench.report import Machine, write_json
+from moe_edu.bench.report import write_json
 from moe_edu.bench.timing import Timing, time_in_turn
 from moe_edu.data import Batch, PairBatches, Tokenizer, eval_batches, load_corpus
 from moe_edu.model.pretrained import load_pretrained
 from moe_edu.model.translator import MoETranslator
+from moe_edu.system.machine import Machine
 from moe_edu.training.evaluation import sample_examples
 from moe_edu.training.settings import TrainingSettings, small_config
 from moe_edu.training.trainer import Trainer, start_workers

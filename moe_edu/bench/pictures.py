@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from moe_edu.bench.curve import Curve
 from moe_edu.bench.layer import OURS, LayerResult
 from moe_edu.bench.plot import Panel, Row, Sample, curves_svg, dots_svg
-from moe_edu.bench.report import Machine, format_machine
+from moe_edu.bench.report import format_machine
 from moe_edu.bench.timing import Timing
+from moe_edu.system.machine import Machine
 
 if TYPE_CHECKING:  # it imports the corpus
     from moe_edu.bench.model import ModelResult

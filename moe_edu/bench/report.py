@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_edu.bench.layer import OURS, LayerResult
 from moe_edu.bench.timing import Timing
+from moe_edu.system.machine import Machine
 
 _HEADER = (
     f"{'mode':9} {'dtype':8} {'E':>4} {'T':>6} {'D':>5}  {'contender':26} {'ms [fastest-slowest]':>24} {'speedup':>8} "
     f"{'MB':>7} {'error':>7} {'dense ms':>9} {'of dense':>8} {'roofline':>9} {'share':>6}"
 )
 _INDENT = " " * 38
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The machine that the numbers come from."""
-
-    processor: str
-    cores: int
-    threads: int
-    torch: str
-    python: str
-    system: str
-    gpu: str | None = None
-
-
-def this_machine() -> Machine:
-    return Machine(
-        processor=_processor_name(),
-        cores=os.cpu_count() or 1,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        python=platform.python_version(),
-        system=platform.platform(terse=True),
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    )
 
 
 def format_machine(machine: Machine) -> str:
@@ -114,7 +86,7 @@ def format_summary(results: Sequence[LayerResult]) -> str:
 
 def write_json(path: Path, machine: Machine, **parts: Any) -> None:
     """Write the machine and the parts of a benchmark: every number in its table, and those it comes from."""
-    document = {"machine": asdict(machine), **parts}
+    document = {"machine": machine._asdict(), **parts}
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -134,13 +106,3 @@ def _spread(timing: Timing) -> str:
 
 def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else f"{value:{spec}}"
-
-
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

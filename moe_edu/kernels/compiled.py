@@ -25,6 +25,13 @@ def why_not_compiled(dtype: torch.dtype) -> str | None:
     return _WHY_NOT
 
 
+def vector_bits() -> int:
+    """How many bits the compiled code computes with at once; 0 where it does not serve."""
+    if _LIBRARY is None or not _LIBRARY.is_supported():
+        return 0
+    return int(_LIBRARY.vector_bits())
+
+
 def can_be_compiled(*tensors: Tensor) -> bool:
     """Whether compiled code may touch these, as far as device and dtype are concerned.
 

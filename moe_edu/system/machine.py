@@ -16,12 +16,15 @@ _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 class Machine(NamedTuple):
-    """What a machine has for the lessons.
+    """What a machine has, and what computes on it.
 
     Attributes:
         python: version of Python.
         torch: version of PyTorch.
+        system: operating system and kernel.
+        processor: its name.
         cores: CPU cores that this process may use.
+        threads: CPU threads that PyTorch uses.
         memory_gb: memory that it may use, in GB (10^9 bytes); None where the system does not say.
         gpu: name of the NVIDIA GPU that PyTorch can use; None without one.
         gpu_memory_gb: its memory in GB; None without one.
@@ -29,7 +32,10 @@ class Machine(NamedTuple):
 
     python: str
     torch: str
+    system: str
+    processor: str
     cores: int
+    threads: int
     memory_gb: float | None
     gpu: str | None = None
     gpu_memory_gb: float | None = None
@@ -41,7 +47,10 @@ def this_machine() -> Machine:
     return Machine(
         python=platform.python_version(),
         torch=torch.__version__,
+        system=platform.platform(terse=True),
+        processor=_processor_name(),
         cores=usable_cores(),
+        threads=torch.get_num_threads(),
         memory_gb=_usable_memory_gb(),
         gpu=gpu.name if gpu else None,
         gpu_memory_gb=gpu.total_memory / 1e9 if gpu else None,
@@ -84,6 +93,15 @@ def advise(machine: Machine) -> tuple[str, ...]:
             f"Training will use your {machine.gpu}, with {machine.gpu_memory_gb:.0f} GB of its own."
         )
     return tuple(sentences)
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():  # Linux, where platform.processor() is empty; not on every ARM machine
+        for line in cpuinfo.read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _usable_memory_gb() -> float | None:

@@ -55,12 +55,12 @@ def find_lacks(requirements: Iterable[str], installed: Callable[[str], str] = ve
     """The requirements that are not met.
 
     Args:
-        requirements: like "torch>=2.10".
+        requirements: like "torch>=2.10"; of "transformers==4.57.6" anything newer will do, too.
         installed: gives a package's version, or raises PackageNotFoundError.
     """
     lacks = []
     for requirement in requirements:
-        name, needed = requirement.split(">=")
+        name, needed = re.split("[>=]=", requirement)
         try:
             found = installed(name)
         except PackageNotFoundError:

@@ -26,10 +26,11 @@ from moe_edu.bench.layer import LIBRARIES, Case, Measured, explain_missing
 from moe_edu.bench.libraries import REFERENCE, reference_layer, scattermoe, st_moe, transformers_experts
 from moe_edu.bench.memory import can_measure_memory, in_fresh_process, peak_extra_mb
 from moe_edu.bench.plot import Panel, Row, Sample, curves_svg, dots_svg
-from moe_edu.bench.report import format_row, format_summary, this_machine
+from moe_edu.bench.report import format_row, format_summary
 from moe_edu.bench.timing import Timing, time_in_turn
 from moe_edu.moe.layer import SparseMLP
 from moe_edu.moe.loops import loop_sparse_mlp
+from moe_edu.system.machine import this_machine
 
 SVG = {"svg": "http://www.w3.org/2000/svg"}
 TINY = LayerSize(tokens=24, experts=4, d_model=8, ffn_dim=12)

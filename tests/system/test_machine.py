@@ -8,13 +8,23 @@ import torch
 
 from moe_edu.system.machine import Machine, advise, this_machine
 
-LAPTOP = Machine(python="3.12.1", torch="2.13.0+cpu", cores=8, memory_gb=16.6)
+LAPTOP = Machine(
+    python="3.12.1",
+    torch="2.13.0+cpu",
+    system="Linux-6.1",
+    processor="A processor",
+    cores=8,
+    threads=4,
+    memory_gb=16.6,
+)
 
 
 def test_this_machine_is_this_one():
     machine = this_machine()
     assert machine.python == platform.python_version()
     assert machine.torch == torch.__version__
+    assert machine.processor
+    assert machine.threads == torch.get_num_threads()
     assert 1 <= machine.cores <= os.cpu_count()
     assert machine.memory_gb is None or 0.1 < machine.memory_gb < 1e5
     assert (machine.gpu is not None) == torch.cuda.is_available()

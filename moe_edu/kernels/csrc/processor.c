@@ -1,4 +1,4 @@
-// Whether this processor can run the compiled code.
+// Whether this processor can run the compiled code, and how wide its vectors then are.
 
 #include "processor.h"
 
@@ -7,5 +7,14 @@ int is_supported(void) {
   return __builtin_cpu_supports("avx512f") || (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 #else
   return 1;
+#endif
+}
+
+// In bits. Processors that are not x86-64 run the code for 64-bit ARM, whose vectors have 128.
+int vector_bits(void) {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f") ? 512 : 256;
+#else
+  return 128;
 #endif
 }
