@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from moe_edu import __version__
 from moe_edu.config import MoEConfig
 from moe_edu.training.settings import TrainingSettings
 
@@ -40,7 +41,7 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
-@click.version_option(package_name="moe-edu")
+@click.version_option(__version__, prog_name="moe-edu")
 def main() -> None:
     """Learn the sparse Mixture-of-Experts encoder of NLLB-MoE."""
 

@@ -1,5 +1,7 @@
 """The project's own files: one list of dependencies, pins in one place, README links that lead somewhere."""
 
+import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import moe_edu
 from moe_edu.exercises.registry import all_exercises
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +88,13 @@ def test_every_direct_dependency_is_pinned_in_the_constraints():
         assert re.match(r"[\w-]+", requirement)[0].lower() in pinned
 
 
+def test_the_version_is_in_one_place():
+    assert "version" not in PYPROJECT
+    assert importlib.metadata.version("moe-edu") == moe_edu.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == moe_edu.__version__
+
+
 def test_readme_links_lead_to_files():
     text = (ROOT / "README.md").read_text("utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
@@ -142,6 +152,29 @@ class TestWorkflows:
         job = self.read("site.yml")["jobs"]["publish"]
         assert "make site" in [step.get("run") for step in job["steps"]]
         assert {"path": "build/site"} in [step.get("with") for step in job["steps"]]
+
+    def test_a_release_has_the_tag_of_its_version(self):
+        (step,) = (one for one in self.read("release.yml")["jobs"]["sdist"]["steps"] if "name" in one)
+        for tag, status in ((f"v{moe_edu.__version__}", 0), ("v9.9.9", 1), (moe_edu.__version__, 1)):
+            environ = os.environ | {"GITHUB_REF_NAME": tag}
+            assert subprocess.run(["bash", "-ec", step["run"]], cwd=ROOT, env=environ).returncode == status
+
+    def test_a_release_has_wheels_for_every_python_and_system(self):
+        jobs = self.read("release.yml")["jobs"]
+        systems = jobs["wheels"]["strategy"]["matrix"]["system"]
+        assert {name.partition("-")[0] for name in systems} == {"ubuntu", "macos", "windows"}
+        pythons = self.read("tests.yml")["jobs"]["systems"]["strategy"]["matrix"]["python"]
+        build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["cibuildwheel"]["build"]
+        assert build.split() == [f"cp{version.replace('.', '')}-*" for version in pythons]
+
+    def test_only_what_publishes_a_release_may_prove_who_it_is(self):
+        workflow = self.read("release.yml")
+        assert workflow[True]["push"] == {"tags": ["v*"]}  # YAML reads `on` as true
+        assert workflow["permissions"] == {"contents": "read"}
+        allowed = [name for name, job in workflow["jobs"].items() if "id-token" in job.get("permissions", {})]
+        assert allowed == ["publish"]
+        assert workflow["jobs"]["publish"]["if"] == "github.ref_type == 'tag'"
+        assert set(workflow["jobs"]["publish"]["needs"]) == {"sdist", "wheels"}
 
     def test_every_workflow_says_what_it_may_do(self):
         for path in (ROOT / ".github" / "workflows").glob("*.yml"):

@@ -18,3 +18,8 @@ int vector_bits(void) {
   return 128;
 #endif
 }
+
+#ifdef _WIN32
+// Python's build tools export this from every extension on Windows. The package loads this file and does not import it.
+void *PyInit__compiled(void) { return 0; }
+#endif
