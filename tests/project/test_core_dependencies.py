@@ -58,13 +58,16 @@ tell(main, "moe-edu")
     done = core.run("-c", script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith("moe-edu")]
-    assert {f"moe-edu {name}" for name in ("bench", "bench gpu", "lab", "train", "translate")} <= {*told}
+    assert {
+        f"moe-edu {name}" for name in ("bench", "bench gpu", "env", "lab", "lessons", "train", "translate")
+    } <= {*told}
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("translate", "--to", "eng_Latn", "quinta-feira, 1 de agosto de 1996"), "Thursday, August 1, 1996"),
+        (("env",), "extra lessons:       without plotly, ipywidgets, anywidget\n"),
         (("bench", "layer", "--quick"), "share of the roofline"),
         (
             ("bench", "gpu", "--quick", "--mode", "inference", "--dtype", "bfloat16"),
