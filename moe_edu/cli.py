@@ -52,6 +52,10 @@ def fail_clearly(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         try:
             command(**options)
+        except (
+            BrokenPipeError
+        ):  # whoever reads has read enough, such as `| head -1`: click ends without a word
+            raise
         except (ValueError, OSError, RuntimeError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -259,7 +263,18 @@ def train(
     )
 
 
-@main.command()
+class _TextCommand(click.Command):
+    """Says what to do with a text that looks like an option."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(context, args)
+        except click.NoSuchOption as error:
+            hint = 'A text that begins with - goes after --, as in: moe-edu translate -- "-5 km"'
+            raise click.UsageError(f"{error.format_message()} {hint}", context) from error
+
+
+@main.command(cls=_TextCommand)
 @click.argument("text", nargs=-1)
 @click.option("--to", default="eng_Latn", show_default=True, help="Target language, a FLORES-200 code.")
 @click.option(

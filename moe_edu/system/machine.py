@@ -120,7 +120,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" is the NVIDIA GPU where there is one, else the CPU.
 
     Raises:
-        ValueError: not the name of a device, or a GPU where there is none.
+        ValueError: not the name of a device that this package computes on, or a GPU where there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,6 +128,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{name!r} is no device: use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"moe_edu does not compute on {name!r}: use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "there is no NVIDIA GPU that this PyTorch can use: choose device cpu, or install a CUDA build of PyTorch "

@@ -16,7 +16,10 @@ FLOORS = (
     "experiments lessons",
     "explorers",
     "bench",
-    "__init__ cli __main__",
+    "__init__",
+    "environment",
+    "cli",
+    "__main__",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 
