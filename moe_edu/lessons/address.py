@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import click
 
-FILES = ("README.md", "CITATION.cff", "docs/*.md", "notebooks/*.ipynb")
+FILES = ("README.md", "CONTRIBUTING.md", "CITATION.cff", "docs/*.md", "notebooks/*.ipynb")
 FIRST_LESSON = "notebooks/00_start_here.ipynb"
 BRANCH = "main"
 

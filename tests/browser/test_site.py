@@ -14,6 +14,8 @@ from urllib.parse import unquote, urldefrag
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
+import moe_edu
+
 ROOT = Path(__file__).parents[2]
 LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
@@ -57,6 +59,14 @@ class TestBuiltSite:
         assert all(
             (site / f"{lesson}.html").is_file() for lesson in [*LESSONS, "index", "glossary", "search"]
         )
+
+    def test_has_the_pages_that_the_readme_leads_to(self, site):
+        pages = ("api", "benchmarks", "changelog", "contributing", "differences", "model_card", "teaching")
+        assert all((site / f"{page}.html").is_file() for page in pages)
+
+    def test_every_public_name_has_its_entry(self, pages):
+        (api,) = (page for path, page in pages.items() if path.stem == "api")
+        assert {f"moe_edu.{name}" for name in moe_edu.__all__} <= api.ids
 
     def test_is_small(self, site):
         assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < 15_000_000

@@ -1,4 +1,4 @@
-"""The project's own files: one list of dependencies, pins in one place, README links that lead somewhere."""
+"""The project's own files: one list of dependencies, pins in one place, workflows that run what is promised."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 import moe_edu
-from moe_edu.exercises.registry import all_exercises
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -95,34 +94,6 @@ def test_the_version_is_in_one_place():
     assert citation["version"] == moe_edu.__version__
 
 
-def test_readme_links_lead_to_files():
-    text = (ROOT / "README.md").read_text("utf-8")
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (ROOT / target).exists(), target
-
-
-def test_readme_names_tests_that_exist():
-    text = (ROOT / "README.md").read_text("utf-8")
-    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    names = re.findall(r"`(?:test_\w+\.py::)?(Test\w+|test_\w+)`", text)
-    assert len(names) >= 10
-    for name in names:
-        assert re.search(rf"(class|def) {name}\b", tests), name
-
-
-def test_readme_counts_the_exercises():
-    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    real_bugs = sum(bool(exercise.origin) for exercise in all_exercises())
-    assert f"**Exercises**, {len(all_exercises())} of them" in text
-    assert f"{real_bugs} are real bugs of published code" in text
-
-
-def test_readme_names_every_lesson():
-    text = (ROOT / "README.md").read_text("utf-8")
-    for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
-        assert f"(notebooks/{path.name})" in text
-
-
 class TestWorkflows:
     """What GitHub runs covers what pyproject.toml promises."""
 
@@ -179,12 +150,3 @@ class TestWorkflows:
     def test_every_workflow_says_what_it_may_do(self):
         for path in (ROOT / ".github" / "workflows").glob("*.yml"):
             assert self.read(path.name)["permissions"]["contents"] == "read"
-
-
-def test_readme_tells_windows_users_what_to_type():
-    """Without make: the packages and the command that `make lab` uses."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    makefile = (ROOT / "Makefile").read_text("utf-8")
-    assert 'python -m pip install -c constraints.txt -e ".[lab]"' in text
-    assert '-c constraints.txt -e ".[lab]"' in makefile
-    assert re.search(r"^moe-edu lab$", text, re.M)
