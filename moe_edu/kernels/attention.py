@@ -37,8 +37,10 @@ def scaled_dot_product_attention(
         or torch.is_grad_enabled()
         or query.ndim != 4
         or query.shape[2] > _FEW_QUERIES
+        or key.shape[:2] != query.shape[:2]  # PyTorch broadcasts them
         or not can_be_compiled(query, key, value)
         or has_tangent(query, key, value)
+        or (bias is not None and has_tangent(bias))
     ):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
     return _attention(query, key, value, bias)
@@ -69,10 +71,12 @@ def _is_mask_for(bias: Tensor, shape: tuple[int, ...]) -> bool:
 
 def _run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     if not _can_be_compiled(query, key, value, bias):  # PyTorch says what is wrong
-        return _make_result(query).copy_(F.scaled_dot_product_attention(query, key, value, attn_mask=bias))
+        return _make_result(query, key, value).copy_(
+            F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        )
     B, H, L, D = query.shape
     S = key.shape[2]
-    mixed = _make_result(query)
+    mixed = _make_result(query, key, value)
     bias = None if bias is None else bias.expand(B, H, L, S)
     tensors = (query, key, value, bias, mixed)
     strides = [None if tensor is None else tensor.stride()[:3] for tensor in tensors]
@@ -80,10 +84,10 @@ def _run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tens
     return mixed
 
 
-def _make_result(query: Tensor, *_: Any) -> Tensor:
+def _make_result(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[B, H, L, D]`, with the heads of a token side by side in memory."""
-    B, H, L, D = query.shape
-    return query.new_empty(B, L, H, D).transpose(1, 2)
+    B, H, L, _ = query.shape
+    return query.new_empty(B, L, H, value.shape[3]).transpose(1, 2)
 
 
 def _count_flops(query_shape: Sequence[int], key_shape: Sequence[int], *_: Any, **__: Any) -> int:

@@ -157,8 +157,17 @@ def test_an_axis_more_is_mapped(either_code):
 def test_forward_derivatives_are_not_lost(either_code):
     """PyTorch has them, or says that it has not."""
     query, key, value = heads(2, 1, 2, 8), heads(2, 5, 2, 8), heads(2, 5, 2, 8)
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="forward AD"):
-        torch.func.jvp(lambda q: scaled_dot_product_attention(q, key, value), (query,), (query,))
+    bias = torch.zeros(2, 1, 1, 5)
+    with torch.no_grad():
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            torch.func.jvp(lambda q: scaled_dot_product_attention(q, key, value), (query,), (query,))
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            torch.func.jvp(lambda b: scaled_dot_product_attention(query, key, value, b), (bias,), (bias,))
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_values_may_be_of_another_width(either_code, width):
+    check(heads(2, 1, 2, 8), heads(2, 5, 2, 8), heads(2, 5, 2, width))
 
 
 def test_the_operator_keeps_pytorchs_rules(compiled_code):
