@@ -21,7 +21,6 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 
 default_role = "code"  # docstrings put code between single backticks
 autodoc_typehints = "signature"
-maximum_signature_line_length = 72  # longer ones get a line for each parameter
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 napoleon_use_ivar = True
