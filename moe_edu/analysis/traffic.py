@@ -84,7 +84,7 @@ class Cluster:
 
     @property
     def expert_bytes(self) -> int:
-        """Weights and biases of one expert, `2 * D * F + F + D` numbers; replicas exchange as many gradients."""
+        """Weights and biases of one expert, `2 * D * F + F + D` numbers; replicas exchange gradients of this size."""
         return (2 * self.d_model * self.ffn_dim + self.ffn_dim + self.d_model) * self.bytes_per_element
 
 

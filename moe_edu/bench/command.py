@@ -168,7 +168,7 @@ def gpu(
     """Compare the layer's back ends on an NVIDIA GPU with the dense layer that does the same work.
 
     Inference and training, bf16 and fp16, at T=16384, D=1024 and 2048, F=4D, E=8, 32 and 128, timed by CUDA events.
-    Then three promises are checked: no wait for the GPU, one graph in torch.compile whatever T is, and CUDA graphs.
+    Then three promises are checked: no wait for the GPU, one graph in torch.compile for any T, and CUDA graphs.
     """
     device, compiler, sizes = "cuda", "inductor", gpu_sizes()
     if quick:

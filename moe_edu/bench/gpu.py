@@ -111,7 +111,7 @@ def run_checks(
             try:
                 check(with_backend(layer, backend), hidden)
                 outcome = "yes"
-            except Exception as error:  # whatever breaks the promise is what the reader wants to know
+            except Exception as error:  # the reader wants to know what broke the promise, whatever it was
                 outcome = f"no: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             yield Check(promise, backend, str(dtype).removeprefix("torch."), outcome)
 

@@ -27,7 +27,7 @@ class Batch:
     source_ids: int64 [B, S], `[language] tokens </s>` and padding.
     source_mask: int64 [B, S], 1 for words, 0 for padding.
     decoder_input_ids: int64 [B, L], `</s> [language] tokens`: the labels shifted right, as NLLB does.
-    decoder_mask: int64 [B, L], 1 where there is a label.
+    decoder_mask: int64 [B, L], 1 for labels, 0 for padding.
     labels: int64 [B, L], `[language] tokens </s>` and padding.
     source_languages, target_languages: the B codes; the true source even if its tag is `und`.
     """

@@ -13,7 +13,7 @@ from moe_edu.figures.html import table_html
 def class_table(paths: Iterable[str | Path]) -> str:
     """HTML: for each file, by name, how many exercises of each lesson are right.
 
-    The caption names the exercises that nobody has solved, in the lessons that somebody has begun. A file that cannot
+    The caption names the exercises that nobody has solved, in the lessons that the class has begun. A file that cannot
     be read has a row too, and the caption says why.
 
     Raises:

@@ -330,7 +330,7 @@ _KEPT = Exercise(
             _kept_without_choice,
             "Position -1 stands for a choice that was never made, and it is below any capacity.",
         ),
-        Mistake(_kept_one_too_many, "Places count from 0, so the place `capacity` is one too many."),
+        Mistake(_kept_one_too_many, "Places count from 0, so place `capacity` is one too many."),
     ),
     hints=(
         "Whether a choice found room depends on its place in the queue, not on its gate.",

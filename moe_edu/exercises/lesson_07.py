@@ -45,8 +45,8 @@ _SHIFT = Exercise(
     key="07.1",
     title="What the decoder reads",
     task=(
-        "In training the decoder reads the right answer, one token behind. Write `shift_right`: each row begins with "
-        "`start`, then come its labels without the last."
+        "In training the decoder reads the right answer, delayed by one token. Write `shift_right`: each row begins "
+        "with `start`, then come its labels without the last."
     ),
     difficulty="easy",
     importance="essential",
@@ -82,7 +82,7 @@ def _draw_logits(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     lengths = torch.randint(1, L, (B, 1), generator=generator)
     lengths[0], lengths[1] = L, 1
     mask = (torch.arange(L) < lengths).float()
-    labels = torch.randint(V, (B, L), generator=generator)  # padded places too: only the mask tells them
+    labels = torch.randint(V, (B, L), generator=generator)  # padded places too: only the mask marks them
     return 2 * torch.randn(B, L, V, generator=generator), labels, mask
 
 

@@ -126,9 +126,9 @@ def gates_without(logits: Tensor, removed: int) -> Tensor:
 
 def _draw_removal(generator: torch.Generator) -> tuple[Tensor, int]:
     T, E = (torch.randint(0, 5, (2,), generator=generator) + 4).tolist()
-    logits = torch.randn(T, E, generator=generator) - 3  # negative, so that 0 is no small logit
+    logits = torch.randn(T, E, generator=generator) - 3  # negative, so that 0 is not a small logit
     removed = int(torch.randint(E, (1,), generator=generator))
-    logits[0, removed] = 1.0  # it was somebody's first choice
+    logits[0, removed] = 1.0  # some token's first choice
     return logits, removed
 
 

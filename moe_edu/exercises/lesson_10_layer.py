@@ -188,7 +188,7 @@ def _switch_with_jittered_experts(hidden: Tensor, jitter: Tensor, router: Tensor
 
 _SWITCH_LAYER = Exercise(
     key="10.9",
-    title="Noise for the router alone",
+    title="Noise for the router only",
     task="Jitter, random factors near 1, should make the router explore. Here the experts see it too. Fix it. **The "
     "test:** with a single expert, jitter changes nothing.",
     difficulty="medium",

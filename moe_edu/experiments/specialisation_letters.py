@@ -2,7 +2,7 @@
 
 It reads `[language] letters </s>`, one letter per token, with a share of the letters replaced by `_`, and names these
 (masked language modelling, Devlin et al. 2019, without its replaced or kept tokens). Its second layer has experts.
-Digits, signs and spaces are never masked: nobody could guess them.
+Digits, signs and spaces are never masked: they cannot be guessed.
 
 Shapes: B sentences, S tokens, M masked letters, D model width, V alphabet.
 """

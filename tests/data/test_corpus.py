@@ -28,7 +28,7 @@ def small():
     return make_corpus("small", ("eng_Latn", "fra_Latn", "deu_Latn"), rows)
 
 
-def test_it_is_as_large_and_varied_as_promised(corpus):
+def test_its_size_and_variety_are_as_promised(corpus):
     languages = [get_language(code) for code in corpus.languages]
     assert len(languages) >= 34
     assert len({language.script for language in languages}) >= 10
@@ -57,7 +57,7 @@ def test_every_sentence_is_clean_text(corpus):
             assert not raw_ids.search(text)
 
 
-def test_the_portuguese_of_the_manual_is_in_its_style(corpus):
+def test_the_portuguese_example_has_the_style_of_the_corpus(corpus):
     dates = [
         text
         for text, kind in zip(corpus.train.column("por_Latn"), corpus.train.kinds, strict=True)
@@ -66,7 +66,7 @@ def test_the_portuguese_of_the_manual_is_in_its_style(corpus):
     assert any(re.fullmatch(r"quinta-feira, \d+ de \w+ de \d{4}", text) for text in dates)
 
 
-def test_the_licence_and_the_checksum_ship():
+def test_licence_and_checksum_ship():
     licence = FILES.joinpath("LICENSE-UNICODE.txt").read_text(encoding="utf-8")
     assert "UNICODE LICENSE V3" in licence
     assert "Unicode, Inc." in licence
@@ -117,7 +117,7 @@ def test_restriction(small):
         small.restrict(["eng_Latn", "spa_Latn"])
 
 
-def test_names_that_are_not_there(small):
+def test_unknown_names_are_refused(small):
     with pytest.raises(ValueError, match="unknown split 'dev'"):
         small.split("dev")
     with pytest.raises(UnknownLanguageError, match="did you mean fra_Latn"):

@@ -32,7 +32,7 @@ def cells(dictionary):
     return [entry for name in SPLITS for entry in dictionary.split(name)]
 
 
-def test_it_is_as_large_and_varied_as_promised(dictionary, cells):
+def test_its_size_and_variety_are_as_promised(dictionary, cells):
     assert len(dictionary.concepts) == len(set(dictionary.concepts)) == len(set(dictionary.emoji)) == 400
     languages = [get_language(code) for code in dictionary.languages]
     assert len(set(languages)) == 63

@@ -43,7 +43,7 @@ def test_a_sentence_is_framed_by_its_tag_and_the_end(tokenizer):
     ids = tokenizer.encode_source("1 août 1996", "fra_Latn")
     tokens = tokenizer.tokens(ids)
     assert (tokens[0], tokens[-1]) == ("fra_Latn", "</s>")
-    assert [token for token in tokens if token.isdigit()] == list("11996")  # every digit alone
+    assert [token for token in tokens if token.isdigit()] == list("11996")  # every digit on its own
     assert "".join(tokens[1:-1]) == "▁1▁août▁1996"
     assert tokenizer.encode_target("1 août 1996", "fra_Latn") == ids
     assert tokenizer.tokens(tokenizer.encode_source("1 août 1996"))[0] == UNDETERMINED

@@ -147,7 +147,7 @@ def test_10_7_add_branch():
 
 
 def test_10_8_mask_outputs():
-    """Elementwise and rescaled in training, as `nn.Dropout`; scaled in eval too."""
+    """Like `nn.Dropout`, elementwise and rescaled in training; but also scaled in eval."""
     R, D, p = 20_000, 4, 0.4
     outputs, noise = torch.ones(R, D), torch.rand(R, D, generator=torch.Generator().manual_seed(0))
     starter, solution = BY_KEY["10.8"].starter, BY_KEY["10.8"].solution
