@@ -172,7 +172,7 @@ def prepare_directory(out: str | Path | None, resume: bool) -> Path | None:
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     if not resume and (directory / STATE_FILE).exists():
-        raise ValueError(f"{directory} holds a run already: resume it, or choose another folder")
+        raise ValueError(f"{directory} holds a run already: resume it (`--resume`), or choose another folder")
     return directory
 
 

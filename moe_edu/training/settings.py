@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,11 +66,17 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         positive = ("steps", "batch_tokens", "learning_rate", "clip_norm", "log_every", "eval_every")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"TrainingSettings.{name} must be positive; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"TrainingSettings.{name} must be positive and finite; got {getattr(self, name)}"
+                )
         for name in ("seed", "warmup_steps", "eval_sentences", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"TrainingSettings.{name} must be at least 0; got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"TrainingSettings.{name} must be finite and at least 0; got {getattr(self, name)}"
+                )
+        if self.seed >= 2**64:
+            raise ValueError(f"TrainingSettings.seed must be below 2**64; got {self.seed}")
         if not 0 <= self.und_rate <= 1:
             raise ValueError(f"TrainingSettings.und_rate must lie in [0, 1]; got {self.und_rate}")
         for name in ("languages", "sources", "targets"):
@@ -79,8 +86,8 @@ class TrainingSettings:
                 )
         for name in ("seconds", "shards"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"TrainingSettings.{name} must be positive; got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"TrainingSettings.{name} must be positive and finite; got {value}")
 
 
 def small_config(**fields: Any) -> MoEConfig:

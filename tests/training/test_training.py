@@ -311,7 +311,17 @@ class TestSchedule:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("und_rate", 5.0), ("warmup_steps", -5), ("seed", -1), ("eval_sentences", -5), ("targets", ())],
+        [
+            ("und_rate", 5.0),
+            ("warmup_steps", -5),
+            ("seed", -1),
+            ("seed", 2**64),
+            ("eval_sentences", -5),
+            ("weight_decay", math.nan),
+            ("learning_rate", math.inf),
+            ("seconds", math.inf),
+            ("targets", ()),
+        ],
     )
     def test_settings_that_make_no_sense_are_refused(self, field, value):
         with pytest.raises(ValueError, match=rf"TrainingSettings\.{field} "):
