@@ -27,7 +27,7 @@ def why_not_compiled(dtype: torch.dtype) -> str | None:
 
 def vector_bits() -> int:
     """How many bits the compiled code computes with at once; 0 where it does not serve."""
-    if _LIBRARY is None or not _LIBRARY.is_supported():
+    if _LIBRARY is None or _WHY_NOT is not None:
         return 0
     return int(_LIBRARY.vector_bits())
 

@@ -258,7 +258,7 @@ class TestCommandLine:
         text = self.moe_edu("train", "--help").stdout
         for option in (
             "--num-experts",
-            "--aux-loss-factor",
+            "--router-aux-loss-coef",
             "--seconds",
             "--encoder-sparse-step",
             "--resume",
