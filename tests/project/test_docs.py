@@ -175,7 +175,7 @@ class TestBenchmarks:
                 assert "\nmoe-edu bench " in section
 
     def test_its_commands_and_options_exist(self):
-        from moe_edu.bench import bench
+        from moe_edu.bench.command import bench
 
         for line in re.findall(r"moe-edu bench [\w -]+", read("docs/benchmarks.md")):
             name, *words = line.split()[2:]
@@ -192,7 +192,7 @@ def rooms():
     return [
         (int(floor), room.removesuffix(".py"), holds)
         for floor, room, holds in re.findall(
-            r"^\| (\d) \| `([\w.]+)` \| (.*) \|$", read("CONTRIBUTING.md"), re.M
+            r"^\| (\d+) \| `([\w.]+)` \| (.*) \|$", read("CONTRIBUTING.md"), re.M
         )
     ]
 
