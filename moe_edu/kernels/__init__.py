@@ -1,1 +1,1 @@
-"""The CPU's fast paths: compiled code, and the same in PyTorch's operators."""
+"""Fast code for the CPU: compiled C, and the same functions in PyTorch's operators."""

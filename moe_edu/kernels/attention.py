@@ -1,6 +1,6 @@
-"""Scaled dot-product attention on whichever code is fastest for it.
+"""Scaled dot-product attention, computed by whichever code is fastest for the case.
 
-Shapes: B sentences, H heads, L queries, S keys, D numbers of a head.
+Shapes: B sentences, H heads, L queries, S keys, D numbers per head.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch.nn import functional as F
 
 from moe_edu.kernels.compiled import call, can_be_compiled, define_operator, has_tangent
 
-# `csrc/attention.c` holds this many keys and numbers of a head; beyond this many queries PyTorch is as fast.
+# `csrc/attention.c` has room for this many keys and numbers per head; beyond this many queries PyTorch is as fast.
 _MOST_KEYS, _LARGEST_HEAD, _FEW_QUERIES = 1024, 256, 8
 
 
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """`softmax(query @ key^T / sqrt(D) + bias) @ value`, as PyTorch's function of this name.
+    """`softmax(query @ key^T / sqrt(D) + bias) @ value`, like PyTorch's function of the same name.
 
-    Generation asks for one query per hypothesis: few queries are left to compiled code where no gradient is needed.
+    Generation has one query per hypothesis: compiled code computes few queries where no gradient is needed.
 
     Args:
         query: `[B, H, L, D]`.
         key, value: `[B, H, S, D]`.
-        bias: broadcasts to `[B, H, L, S]`; None for none.
-        dropout: of the weights.
+        bias: broadcasts to `[B, H, L, S]`; None for no bias.
+        dropout: probability of dropping each attention weight.
     """
     if (
         dropout > 0
@@ -47,7 +47,7 @@ def scaled_dot_product_attention(
 
 
 def _can_be_compiled(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
-    """Whether these are what compiled code may touch: it checks nothing."""
+    """Whether compiled code may read these tensors; it checks nothing itself."""
     tensors = (query, key, value) if bias is None else (query, key, value, bias)
     if not can_be_compiled(*tensors) or any(t.ndim != 4 for t in tensors):
         return False
@@ -57,20 +57,20 @@ def _can_be_compiled(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | N
         0 < S <= _MOST_KEYS
         and D <= _LARGEST_HEAD
         and key.shape == value.shape == (B, H, S, D)
-        # The last dimension is read as one run of memory.
+        # The last dimension is read as contiguous memory.
         and all(D == 1 or tensor.stride(3) == 1 for tensor in (query, key, value))
         and (bias is None or _is_mask_for(bias, (B, H, L, S)))
     )
 
 
 def _is_mask_for(bias: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether `bias` broadcasts to `shape` and has one number a key, next to each other."""
+    """Whether `bias` broadcasts to `shape` and holds one number per key, contiguous in memory."""
     broadcasts = all(size in (1, full) for size, full in zip(bias.shape, shape, strict=True))
     return broadcasts and bias.shape[3] == shape[3] and (shape[3] == 1 or bias.stride(3) == 1)
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    if not _can_be_compiled(query, key, value, bias):  # PyTorch says what is wrong
+    if not _can_be_compiled(query, key, value, bias):  # PyTorch computes it, or says what is wrong
         return _make_result(query, key, value).copy_(
             F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         )
@@ -85,13 +85,13 @@ def _run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tens
 
 
 def _make_result(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`[B, H, L, D]`, with the heads of a token side by side in memory."""
+    """An uninitialised `[B, H, L, D]`, with the heads of each token side by side in memory."""
     B, H, L, _ = query.shape
     return query.new_empty(B, L, H, value.shape[3]).transpose(1, 2)
 
 
 def _count_flops(query_shape: Sequence[int], key_shape: Sequence[int], *_: Any, **__: Any) -> int:
-    """Two per product of numbers, for the scores and again for the mixing."""
+    """Two FLOPs per multiplication, for the scores and again for the weighted sum."""
     return 4 * math.prod(query_shape) * key_shape[2]
 
 

@@ -1,8 +1,8 @@
 """The package's compiled code: the C of `csrc/`, for fp32 on the CPU, where pip found a compiler to build it.
 
-Each of its functions has a form in PyTorch's operators beside it, which serves wherever this code does not. Each is
-an operator of PyTorch, `torch.ops.moe_edu.*`: whatever follows operators (FLOP counters, tensors without memory,
-torch.compile, torch.jit.trace, torch.vmap) sees it, and knows what it computes or refuses it by name.
+Each of its functions has a second form in PyTorch's operators, which runs wherever the compiled one cannot. Each is
+registered as a PyTorch operator, `torch.ops.moe_edu.*`: tools that follow operators (FLOP counters, tensors without
+memory, torch.compile, torch.jit.trace, torch.vmap) see it, and either support it or refuse it by name.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def why_not_compiled(dtype: torch.dtype) -> str | None:
-    """Why PyTorch's operators compute in `dtype`; None where compiled code serves."""
+    """Why PyTorch's operators compute in `dtype`; None where compiled code runs."""
     if dtype != torch.float32:
         return f"the compiled code takes float32, not {str(dtype).removeprefix('torch.')}"
     return _WHY_NOT
 
 
 def vector_bits() -> int:
-    """How many bits the compiled code computes with at once; 0 where it does not serve."""
+    """The width in bits of the vectors that the compiled code uses; 0 where it cannot run."""
     if _LIBRARY is None or _WHY_NOT is not None:
         return 0
     return int(_LIBRARY.vector_bits())
 
 
 def can_be_compiled(*tensors: Tensor) -> bool:
-    """Whether compiled code may touch these, as far as device and dtype are concerned.
+    """Whether compiled code may read these tensors, as far as device and dtype are concerned.
 
-    The shapes and strides are for the caller to check: compiled code trusts them.
+    The caller checks shapes and strides: compiled code trusts them.
     """
     return _WHY_NOT is None and all(
         tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors
@@ -43,7 +43,7 @@ def can_be_compiled(*tensors: Tensor) -> bool:
 
 
 def has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation is under way, which the operators here would lose without a word."""
+    """Whether forward-mode differentiation is in progress, whose tangents the operators here would silently lose."""
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
@@ -54,14 +54,14 @@ def define_operator(
     fake: Callable[..., Any],
     flops: Callable[..., int],
 ) -> Any:
-    """Make `kernel` an operator of PyTorch, and return it.
+    """Register `kernel` as a PyTorch operator, and return it.
 
     Args:
         schema: `name(arguments) -> results` in PyTorch's notation.
-        kernel: runs whatever the device; it checks what it hands to compiled code, since a graph that was traced may
-            bring tensors of other shapes than those it was traced with.
-        fake: the results for tensors that have no memory.
-        flops: from the same arguments with a shape for each tensor, and `out_shape`.
+        kernel: runs on every device; it checks what it passes to compiled code, since a traced graph may be called
+            with tensors of other shapes than those it was traced with.
+        fake: returns the results for tensors that have no memory.
+        flops: counts FLOPs from the same arguments, with shapes in the place of tensors, and `out_shape`.
     """
     name = _OPERATORS.define(schema)
     _OPERATORS.impl(name, kernel, "CompositeExplicitAutograd")
@@ -72,9 +72,9 @@ def define_operator(
 
 
 def call(function: str, *arguments: Tensor | int | Sequence[int] | None) -> None:
-    """Run one of the functions of `csrc/`, on as many threads as PyTorch has.
+    """Run one of the functions of `csrc/`, on as many threads as PyTorch uses.
 
-    Numbers arrive as `ptrdiff_t`, lists of numbers as arrays of them, tensors as pointers and None as the null pointer.
+    Numbers are passed as `ptrdiff_t`, lists of numbers as arrays of them, tensors as pointers, None as a null pointer.
     """
     getattr(_LIBRARY, function)(*map(_convert, arguments), ctypes.c_int(torch.get_num_threads()))
 
@@ -88,7 +88,7 @@ def _convert(argument: Tensor | int | Sequence[int] | None) -> object:
 
 
 def _load_library() -> ctypes.CDLL | None:
-    """None where it was not built."""
+    """The compiled library; None where it was not built or cannot be loaded."""
     spec = importlib.util.find_spec("moe_edu.kernels._compiled")
     if spec is None or spec.origin is None:
         return None

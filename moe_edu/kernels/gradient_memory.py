@@ -1,4 +1,4 @@
-"""Memory for large gradients on the CPU that is kept from step to step."""
+"""Memory for large gradients on the CPU, kept from step to step."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# From this size on, C libraries do not keep freed memory for the next request.
+# C libraries do not keep freed blocks of this size or more for the next request.
 _LARGE_BYTES = 32 * 2**20
 
 
 class GradientPages:
-    """Gives out memory for a layer's large gradients, and takes it back when no tensor holds it any more.
+    """Lends memory for a layer's large gradients, and takes it back when no tensor holds it any more.
 
-    `zero_grad` frees the gradients. C libraries give blocks of 32 MiB and more back to the system, so that such a
-    gradient is made of new pages at every step, each a detour through the kernel, and on a virtual machine through that
-    of its host: it can take longer than the layer's products. Here as many blocks are kept as were in use at once;
-    they go with the layer, and a copy of the layer starts without any.
+    `zero_grad` frees the gradients. C libraries return blocks of 32 MiB and more to the system, so such a gradient
+    needs new pages at every step, each of them a call into the kernel, and on a virtual machine into its host's: this
+    can take longer than the layer's products. Here as many blocks are kept as were ever in use at once. They are freed
+    with the layer; a copy of the layer starts without any.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class GradientPages:
             block = free.pop()
         except IndexError:
             block = np.empty(size, np.uint8)  # on huge pages, where the system has them
-        # The tensor and its views hold `lent`, and nothing else does. List operations are safe between threads.
+        # Only the tensor and its views hold `lent`. List operations are thread-safe.
         lent = block.view()
         weakref.finalize(lent, free.append, block).atexit = False
         return torch.from_numpy(lent).view(weight.dtype).view(weight.shape)

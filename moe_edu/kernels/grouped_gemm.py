@@ -1,11 +1,11 @@
 """Grouped products: for every expert, the rows that belong to it times its weights.
 
 Shapes: N rows sorted by expert, E experts, I inputs, O outputs. The first `sizes[0]` rows belong to expert 0, the next
-`sizes[1]` to expert 1; rows after the last expert's belong to nobody and come back as zeros. Weights are
-`[E, O, I]`, as `torch.nn.Linear` keeps each of them.
+`sizes[1]` to expert 1; rows after the last expert's belong to no expert, and their results are zeros. Weights are
+`[E, O, I]`: one matrix per expert, stored as in `torch.nn.Linear`.
 
-Each product exists twice: one call of PyTorch per expert, the form to read, and `csrc/grouped_gemm.c` for all of them,
-which is faster on the CPU, above all where an expert has few rows. It is built where there is a C compiler.
+Each product exists twice: as one PyTorch call per expert, the form to read, and as one call of `csrc/grouped_gemm.c`
+for all experts, which is faster on the CPU, above all for experts with few rows. It needs a C compiler to build.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from moe_edu.kernels.compiled import call, can_be_compiled, define_operator, has_tangent
 
-# Beyond this many rows per expert, on average, PyTorch's products of the backward pass are as fast as compiled ones.
+# In the backward pass, PyTorch is as fast as compiled code with more than this many rows per expert on average.
 _FEW_ROWS = 256
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], out: Tensor | None = None
 ) -> Tensor:
-    """`[N, O]`: `x[n] @ weight[e].T + bias[e]` for `x [N, I]` and `bias [E, O]`; into `out` where it is given."""
+    """`[N, O]`: `x[n] @ weight[e].T + bias[e]` for `x [N, I]` and `bias [E, O]`; written to `out` where it is given."""
     y = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
     product = _linear_by_pytorch if has_tangent(x, weight, bias) else _linear
     product(x, weight, bias, sizes, y)
@@ -65,7 +65,7 @@ def segments(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
             yield expert, slice(end - size, end)
 
 
-# ---- one call of PyTorch per expert
+# ---- one PyTorch call per expert
 
 
 def _linear_by_pytorch(x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], out: Tensor) -> None:
@@ -86,14 +86,14 @@ def _grad_weight_by_pytorch(grad_y: Tensor, x: Tensor, sizes: Sequence[int], out
             out[expert] = 0
 
 
-# ---- compiled code where it serves, as operators
+# ---- operators that run compiled code where they can
 
 
 def _run_linear(x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], out: Tensor) -> None:
     if _can_be_compiled(sizes, x, out, weight, bias):
         call("grouped_gemm_linear", x, weight, bias, out, _starts(sizes), *weight.shape)
     else:
-        _linear_by_pytorch(x, weight, bias, sizes, out)
+        _linear_by_pytorch(x, weight, bias, sizes, out)  # or PyTorch says what is wrong
 
 
 def _run_grad_input(grad_y: Tensor, weight: Tensor, sizes: Sequence[int], out: Tensor) -> None:
@@ -121,7 +121,7 @@ def _few_rows(sizes: Sequence[int]) -> bool:
 def _can_be_compiled(
     sizes: Sequence[int], x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> bool:
-    """Whether these are what compiled code may touch: it checks nothing, and PyTorch says what is wrong."""
+    """Whether compiled code may touch these tensors; it checks nothing itself."""
     E, outputs, inputs = weight.shape
     rows = sum(sizes)
     shapes = {x: (max(rows, len(x)), inputs), y: (max(rows, len(y)), outputs)}
@@ -137,7 +137,7 @@ def _can_be_compiled(
 
 
 def _count_flops(rows_shape: Sequence[int], other_shape: Sequence[int], *rest: Any, **_: Any) -> int:
-    """Two per product of numbers: each row of an expert meets each of its weights."""
+    """Two FLOPs per multiplication: each row of an expert is multiplied by each of its weights."""
     sizes, out_shape = rest[-2:]
     *_experts, outputs, inputs = out_shape if len(out_shape) == 3 else other_shape
     return 2 * sum(sizes) * inputs * outputs

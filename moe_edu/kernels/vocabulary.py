@@ -1,6 +1,6 @@
 """The most probable tokens of a large vocabulary.
 
-Shapes: N rows, D model width, V vocabulary, k tokens to find.
+Shapes: N rows, D model width, V vocabulary size, k tokens to find per row.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from moe_edu.kernels.compiled import call, can_be_compiled, define_operator, has_tangent
 
-# On the CPU this many logits are made at once: they stay in its cache for the softmax and the choice of the best.
+# The CPU computes this many logits at once: they stay in its cache for the softmax and the selection of the best.
 _LOGITS_AT_ONCE = 2**18
-# Compiled code sorts what it has found by insertion, which suits a few.
+# Compiled code keeps the best tokens sorted by insertion, which is fast for up to this many.
 _FEW_TOKENS = 64
 
 
@@ -30,9 +30,9 @@ class MostProbable(NamedTuple):
 
 @torch.no_grad()
 def most_probable(hidden: Tensor, weight: Tensor, k: int) -> MostProbable:
-    """The largest k of `log_softmax(hidden @ weight.T)`, for `hidden [N, D]` and `weight [V, D]`.
+    """The k largest entries of `log_softmax(hidden @ weight.T)`, for `hidden [N, D]` and `weight [V, D]`.
 
-    On the CPU compiled code does it without writing the logits, see `csrc/vocabulary.c`. Probabilities are fp32.
+    On the CPU, compiled code finds them without storing all logits, see `csrc/vocabulary.c`. Probabilities are fp32.
     """
     if torch.is_autocast_enabled("cpu") or not can_be_compiled(hidden, weight) or has_tangent(hidden, weight):
         return MostProbable(*_by_pytorch(hidden, weight, k))
@@ -46,7 +46,7 @@ def _by_pytorch(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 
 def _can_be_compiled(hidden: Tensor, weight: Tensor, k: int) -> bool:
-    """Whether these are what compiled code may touch: it checks nothing, and PyTorch says what is wrong."""
+    """Whether compiled code may touch these tensors; it checks nothing itself."""
     return (
         can_be_compiled(hidden, weight)
         and hidden.ndim == weight.ndim == 2
@@ -57,7 +57,7 @@ def _can_be_compiled(hidden: Tensor, weight: Tensor, k: int) -> bool:
 
 
 def _run(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    if not _can_be_compiled(hidden, weight, k):  # PyTorch says what is wrong
+    if not _can_be_compiled(hidden, weight, k):  # PyTorch computes it, or says what is wrong
         return _by_pytorch(hidden, weight, k)
     log_probs, tokens = found = _make_results(hidden, weight, k)
     call("most_probable", hidden.contiguous(), weight, log_probs, tokens, len(hidden), *weight.shape, k)
@@ -70,7 +70,7 @@ def _make_results(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tenso
 
 
 def _count_flops(hidden_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
-    """Two per product of numbers; the softmax is not counted, as nowhere."""
+    """Two FLOPs per multiplication; the softmax is not counted, here as elsewhere."""
     return 2 * hidden_shape[0] * math.prod(weight_shape)
 
 

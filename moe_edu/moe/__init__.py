@@ -1,1 +1,1 @@
-"""One sparse layer: router, dispatch, experts, losses and metrics, and the slow, obvious form of it all."""
+"""One sparse layer: router, dispatch, experts, losses and metrics, and all of it once more as plain loops."""

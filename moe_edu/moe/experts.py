@@ -1,15 +1,15 @@
-"""The experts: stacked feed-forward weights, and the back ends that multiply sorted rows with them.
+"""The experts: stacked feed-forward weights, and the back ends that multiply sorted rows by them.
 
 Shapes: N rows sorted by expert, E experts, D model width, F feed-forward width. `counts[e]` rows belong to expert e;
-rows after the last expert's belong to nobody and come back as zeros.
+rows after the last expert's belong to no expert, and their outputs are zeros.
 
-Every back end computes the same:
+Every back end computes the same outputs:
 
 * `loop`: one expert after the other, in plain PyTorch; the form to read. Hugging Face (transformers 5): `eager`.
-* `padded`: one batched product over E slots of equal size, some of them empty. Hugging Face's `batched_mm` is a batched
-  product, too, but copies the expert's weights for each row.
+* `padded`: one batched product over E experts with the same number of slots each, some of them empty. Hugging Face's
+  `batched_mm` is also a batched product, but copies the expert's weights for each row.
 * `grouped`: exactly each expert's rows, with the products and the backward pass of `moe_edu.kernels.grouped_gemm`.
-  Hugging Face has none like it.
+  Hugging Face has no counterpart.
 * `grouped_mm`: exactly each expert's rows in one call of PyTorch's grouped product. Hugging Face: `grouped_mm`.
 """
 
@@ -34,9 +34,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 NamedBackend = Literal["loop", "padded", "grouped", "grouped_mm"]
 Backend = Literal["auto", NamedBackend]
 
-# "auto" pads where that makes at most this many slots per row, with one row more per expert. In training there is about
-# one. Where every expert has room for every token there are E / 2, which take memory as E * T * D does, and as much
-# time.
+# "auto" pads if that makes at most this many slots per row, counting one extra row per expert. In training there is
+# about one slot per row. Where every expert has room for every token there are E / 2: memory and time then grow as
+# E * T * D.
 _SLOTS_PER_ROW = 4
 
 
@@ -48,11 +48,11 @@ class Experts(nn.Module):
     Args:
         config: sizes, activation and dropout.
         ffn_dim: F; None for `config.encoder_ffn_dim`.
-        backend: one of those above, which then runs whatever the device; "auto" picks one by device, dtype and sizes,
-            see `explain_backend`.
+        backend: one of those above, which then runs on every device; "auto" picks one by device, dtype and sizes, see
+            `explain_backend`.
 
     Raises:
-        ValueError: a back end that does not exist.
+        ValueError: there is no such back end.
     """
 
     def __init__(self, config: MoEConfig, ffn_dim: int | None = None, backend: Backend = "auto") -> None:
@@ -76,7 +76,7 @@ class Experts(nn.Module):
         return f"num_experts={E}, d_model={D}, ffn_dim={F_}, backend={self.backend!r}"
 
     def forward(self, rows: Tensor, counts: Tensor, capacity: int) -> Tensor:
-        """`[N, D]` rows sorted by expert, `[E]` counts of at most `capacity`: `[N, D]` outputs."""
+        """Outputs `[N, D]` for rows `[N, D]` sorted by expert; no entry of counts `[E]` exceeds `capacity`."""
         dtype = rows.dtype
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
@@ -97,7 +97,7 @@ class Experts(nn.Module):
                 return _grouped_inference(rows, counts, self._hidden, weights)
 
     def _hidden(self, pre_activation: Tensor) -> Tensor:
-        # In place where its own result is all that its gradient needs: `[N, F]` is the layer's largest tensor.
+        # ReLU runs in place, since its gradient needs only its result: `[N, F]` is the layer's largest tensor.
         hidden = pre_activation.relu_() if self.act is F.relu else self.act(pre_activation)
         if self.training and self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout)
@@ -112,7 +112,7 @@ class BackendChoice(NamedTuple):
 
     Attributes:
         backend: the name of the back end that runs.
-        reason: why it is this one, in words.
+        reason: why this one runs, in words.
     """
 
     backend: NamedBackend
@@ -122,13 +122,13 @@ class BackendChoice(NamedTuple):
 def explain_backend(
     module: nn.Module, dtype: torch.dtype | None = None, rows: int = 0, capacity: int = 0
 ) -> BackendChoice:
-    """Which back end the experts in `module` run where they are now, and why.
+    """Which back end the experts in `module` run on their current device, and why.
 
     Args:
-        module: a sparse layer, its experts, or a model whose sparse layers all run the same.
-        dtype: of the products, which under autocast is autocast's; None for that of the weights.
-        rows, capacity: N rows in experts with room for `capacity` each, which decide where the products would have to
-            be padded; by default about as much room as rows, as in training.
+        module: a sparse layer, its experts, or a model whose sparse layers all run the same back end.
+        dtype: of the products; under autocast, autocast's. None for that of the weights.
+        rows, capacity: N rows, and the slots per expert, which matter where the products may have to be padded; by
+            default there are about as many slots as rows, as in training.
 
     Returns:
         The back end and the reason. Nothing is computed, and nothing in `module` changes.
@@ -161,7 +161,9 @@ def _explain(experts: Experts, dtype: torch.dtype, rows: int, capacity: int) -> 
 def choose_backend(
     device: torch.device, dtype: torch.dtype, shape: Sequence[int], rows: int = 0, capacity: int = 0
 ) -> NamedBackend:
-    """The back end that "auto" stands for: grouped products where the device has them, padded ones elsewhere.
+    """The back end that "auto" stands for.
+
+    CPUs run `grouped`. CUDA runs `grouped_mm` where it can, else `padded`, or `grouped` where that pads too much.
 
     Args:
         device, dtype: of the products.
@@ -196,7 +198,7 @@ def explain_choice(
 
 
 class Obstacle(NamedTuple):
-    """Why PyTorch has no grouped product here: a rule, and what breaks it. A sentence only where somebody reads it."""
+    """Why PyTorch has no grouped product here: a rule, and what breaks it. The sentence is formatted only on demand."""
 
     rule: str
     found: object
@@ -206,10 +208,10 @@ class Obstacle(NamedTuple):
 
 
 def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> Obstacle | None:
-    """Why CUDA has no grouped product that stays on the GPU, for weights `[E, F, D]`; None where it has.
+    """Why CUDA has no grouped product that stays on the GPU, for weights `[E, F, D]`; None where it has one.
 
-    Sources: pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp, whose `_grouped_mm` also takes other GPUs and dtypes,
-    and then copies the offsets to the host and loops over the experts; GroupMM.cu, for the rest.
+    Sources: PyTorch's aten/src/ATen/native/cuda/GroupedBlas.cpp, whose `_grouped_mm` also takes other GPUs and dtypes,
+    but then copies the offsets to the host and loops over the experts; GroupMM.cu for the other rules.
     """
     E, *widths = shape
     if dtype != torch.bfloat16:
@@ -232,7 +234,7 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, shape: Sequenc
 
 Weights = Sequence[Tensor]  # w1, b1, w2, b2 in the dtype of the rows
 
-# A pass without gradients holds the hidden activations of this many rows, however unevenly the experts are loaded.
+# A pass without gradients holds the hidden activations of at most this many rows, even if one expert has them all.
 _ROWS_AT_ONCE = 2048
 
 
@@ -248,10 +250,10 @@ def _loop(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weig
 def _grouped_inference(
     rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights
 ) -> Tensor:
-    """`_grouped` without gradients, over a bounded number of rows at once."""
+    """`_grouped` without gradients, on a bounded number of rows at a time."""
     w1, b1, w2, b2 = weights
     outputs = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    inner = rows.new_empty(min(_ROWS_AT_ONCE, len(rows)), w1.shape[1])  # one piece of memory for all portions
+    inner = rows.new_empty(min(_ROWS_AT_ONCE, len(rows)), w1.shape[1])  # reused by all portions
     start = 0
     for experts, sizes in _portions(counts.tolist(), _ROWS_AT_ONCE):
         portion = slice(start, start + sum(sizes))
@@ -264,7 +266,7 @@ def _grouped_inference(
 
 
 def _portions(sizes: Sequence[int], at_most: int) -> Iterator[tuple[slice, list[int]]]:
-    """Cut the rows of all experts into portions of `at_most`: (the experts that share one, how many rows of each)."""
+    """Cut all rows into portions of `at_most`: (the experts with rows in this portion, the number of rows of each)."""
     first, room = 0, at_most
     portion: list[int] = []
     for expert, size in enumerate(sizes):
@@ -280,14 +282,14 @@ def _portions(sizes: Sequence[int], at_most: int) -> Iterator[tuple[slice, list[
 def _padded(
     rows: Tensor, counts: Tensor, capacity: int, hidden: Callable[[Tensor], Tensor], weights: Weights
 ) -> Tensor:
-    """One batched product over `[E, capacity, D]`; shapes depend on no value, so CUDA graphs can hold it."""
+    """One batched product over `[E, capacity, D]`; no shape depends on a value, so CUDA graphs can capture it."""
     w1, b1, w2, b2 = weights
     E, N = counts.shape[0], rows.shape[0]
     end = counts.cumsum(0)
     index = torch.arange(N, device=rows.device)
     expert = torch.bucketize(index, end, right=True)
     slot = index - F.pad(end, (1, 0))[expert]
-    # Rows of nobody share one spare slot after the last expert's.
+    # Rows that belong to no expert share one spare slot after the last expert's.
     place = (expert * capacity + slot).where(expert < E, E * capacity)
     slots = rows.new_zeros(E * capacity + 1, rows.shape[1]).index_copy(0, place, rows)
     x = slots[:-1].unflatten(0, (E, capacity))
@@ -297,16 +299,16 @@ def _padded(
 
 
 def _grouped_mm(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor], weights: Weights) -> Tensor:
-    """PyTorch's grouped product: offsets stay on the device, so nothing synchronises."""
+    """PyTorch's grouped product: offsets stay on the device, so the CPU never waits for it."""
     w1, b1, w2, b2 = weights
     end = counts.cumsum(0).to(torch.int32)
     index = torch.arange(rows.shape[0], device=rows.device)[:, None]
     owner = (index < end) & (index >= end - counts)  # [N, E]
     real = owner.any(dim=1, keepdim=True)
-    # Biases as a product, too: the gradient of `b1[expert]` adds up thousands of rows at one place, one by one.
+    # Biases are a product, too: the gradient of `b1[expert]` would add thousands of rows to one place, one by one.
     owner = owner.to(rows.dtype)
-    # The grouped product leaves rows of nobody unwritten, in its output and in the gradient of its input: each `where`
-    # stops what they hold, in both directions.
+    # The grouped product leaves rows that belong to no expert unwritten, in its output and in the gradient of its
+    # input: each `where` replaces them by zeros, in both directions.
     x = F.grouped_mm(rows.where(real, 0), w1.mT, offs=end).addmm_(owner, b1)
     y = F.grouped_mm(hidden(x.where(real, 0)), w2.mT, offs=end).addmm_(owner, b2)
     return y.where(real, 0)
@@ -319,17 +321,17 @@ def _grouped(
     weights: Weights,
     pages: GradientPages,
 ) -> Tensor:
-    """`_loop` with a backward pass of its own, see `GroupedLinear`."""
+    """`_loop` with its own backward pass, see `GroupedLinear`."""
     w1, b1, w2, b2 = weights
     sizes = counts.tolist()
     return GroupedLinear.apply(hidden(GroupedLinear.apply(rows, w1, b1, sizes, pages)), w2, b2, sizes, pages)
 
 
 class GroupedLinear(torch.autograd.Function):
-    """`y[n] = x[n] @ weight[e]^T + bias[e]` for the rows n of each expert e, on the CPU.
+    """`y[n] = x[n] @ weight[e]^T + bias[e]` for the rows n of each expert e.
 
-    Indexing a stacked weight once per expert makes autograd build and add up one full-size `[E, out, in]` gradient for
-    each of them; here every expert writes its own slice of a single one.
+    Indexing a stacked weight once per expert makes autograd build and add up one full-size `[E, out, in]` gradient per
+    expert; here every expert writes its own slice of a single gradient.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
 """The feed-forward networks of a layer: the dense one, and the sparse one that routes each token to experts.
 
-Shapes: B batch, S sequence, T = B * S tokens, K choices a token, D model width, F feed-forward width.
+Shapes: B batch, S sequence, T = B * S tokens, K choices per token, D model width, F feed-forward width.
 Module names are those of `transformers` 4.x (`models/nllb_moe/modeling_nllb_moe.py`), so state dicts map one to one.
 """
 
@@ -21,7 +21,7 @@ from moe_edu.moe.experts import ACTIVATIONS, Backend, Experts
 from moe_edu.moe.routing import Gating, RouterOutput, Top2Router
 
 Model = TypeVar("Model", bound=nn.Module)
-# Expert output masking, of rows `[N, D]` and gates `[T, K]`.
+# Applies expert output masking to rows `[N, D]` and gates `[T, K]`.
 Mask = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Mixing = Callable[[Tensor, RouterOutput, Experts, Mask], Tensor]
 
@@ -41,7 +41,7 @@ class FeedForward(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """The sparse feed-forward network: route, dispatch, multiply, combine.
+    """The sparse feed-forward network: route, dispatch, compute, combine.
 
     Args:
         config: sizes and router settings.
@@ -49,7 +49,7 @@ class SparseMLP(nn.Module):
         backend: how the experts' products are computed, see `Experts`.
 
     Attributes:
-        mixing: `dispatch_and_combine`, or a function that takes what it takes; see `with_parts`.
+        mixing: `dispatch_and_combine`, or a function with the same arguments and result; see `with_parts`.
     """
 
     def __init__(self, config: MoEConfig, ffn_dim: int | None = None, backend: Backend = "auto") -> None:
@@ -62,13 +62,17 @@ class SparseMLP(nn.Module):
     def forward(
         self, hidden: Tensor, padding_mask: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, RouterOutput]:
-        """`hidden [B, S, D]`, `padding_mask [B, S]` bool (True where padded): the mixed outputs and the routing.
+        """Return the mixed outputs `[B, S, D]` and the routing.
 
-        A token that no expert took comes back as zeros. `generator` feeds the router's sampling and the expert
-        output masking.
+        The output of a token that no expert took is zeros.
+
+        Args:
+            hidden: `[B, S, D]`.
+            padding_mask: `[B, S]` bool, True where padded.
+            generator: draws the random numbers of the router's sampling and of the expert output masking.
 
         Raises:
-            ValueError: a mask of another shape or dtype.
+            ValueError: `hidden` or the mask has another shape or dtype.
         """
         routing = self.router(hidden, padding_mask, generator)
         mask = partial(self._mask_outputs, generator)
@@ -92,7 +96,7 @@ class SparseMLP(nn.Module):
 
 
 def dispatch_and_combine(hidden: Tensor, routing: RouterOutput, experts: Experts, mask: Mask) -> Tensor:
-    """What the experts make of `hidden [T, D]`, weighted by their masked gates: `[T, D]`."""
+    """The experts' outputs for `hidden [T, D]`, weighted by their masked gates: `[T, D]`."""
     plan = plan_dispatch(routing)
     rows = experts(permute(hidden, plan), plan.counts, routing.capacity)
     rows, gates = mask(rows, routing.combine_weights)
@@ -100,11 +104,11 @@ def dispatch_and_combine(hidden: Tensor, routing: RouterOutput, experts: Experts
 
 
 def with_parts(model: Model, gating: Gating, mixing: Mixing) -> Model:
-    """A copy of `model`, with weights of its own of the same values, whose sparse layers run these two functions.
+    """A copy of `model`, its weights included, whose sparse layers run these two functions.
 
     Args:
-        gating: in the place of `top2_gating`.
-        mixing: in the place of `dispatch_and_combine`.
+        gating: replaces `top2_gating`.
+        mixing: replaces `dispatch_and_combine`.
     """
     copied = copy.deepcopy(model)
     for module in copied.modules():
@@ -120,7 +124,7 @@ def make_feed_forward(config: MoEConfig, ffn_dim: int, sparse: bool) -> nn.Modul
 def apply_feed_forward(
     ffn: nn.Module, hidden: Tensor, padding_mask: Tensor | None
 ) -> tuple[Tensor, RouterOutput | None]:
-    """Run a dense or a sparse feed-forward network; the routing is None where it is dense."""
+    """Run a dense or a sparse feed-forward network; a dense one returns None as its routing."""
     if isinstance(ffn, SparseMLP):
         return ffn(hidden, padding_mask)
     return ffn(hidden), None

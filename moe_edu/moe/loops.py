@@ -1,7 +1,7 @@
-"""The sparse layer, slow and obvious: one token, one choice, one expert at a time.
+"""The sparse layer as loops, slow and obvious: one token, one choice, one expert at a time.
 
-`routing`, `dispatch` and `experts` are held to these loops, forward and in every gradient. The loops compute
-in the dtype of their inputs, so float64 gives the value that the fast path should come close to.
+Tests compare `routing`, `dispatch` and `experts` with these loops, in the forward pass and in every gradient. The loops
+compute in the dtype of their inputs: in float64 they give the values that the fast code has to approximate.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def loop_gating(
     padding: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> RouterOutput:
-    """`top2_gating` as one would explain it: the same arguments, the same result, the same random draws."""
+    """`top2_gating` as you would explain it: the same arguments, the same result, the same random draws."""
     T, E = logits.shape
     probs = torch.softmax(logits, dim=-1)
     p = probs.tolist()
     padded = [False] * T if padding is None else padding.tolist()
 
-    # 1. Each word names the expert it likes best, and the best of the others.
+    # 1. Each token names the expert it likes best, and the best of the others.
     scores = logits.detach()
     if second_expert_policy == "sampling":
         scores = scores - torch.empty_like(scores).exponential_(generator=generator).log()  # Gumbel(0, 1)
@@ -41,18 +41,18 @@ def loop_gating(
         others = [e for e in range(E) if e != first]
         favourites.append([first, *sorted(others, key=lambda e: -score[t][e])[:1]])
 
-    # 2. Padding chooses nobody; policy "random" gives up an unlikely second choice.
+    # 2. Padding chooses no expert; policy "random" gives up an unlikely second choice.
     uniform = None
     if second_expert_policy == "random":
         uniform = torch.rand(T, generator=generator, device=logits.device, dtype=logits.dtype).tolist()
-    chosen: list[dict[int, int]] = []  # one dictionary a token: choice number -> expert
+    chosen: list[dict[int, int]] = []  # one dictionary per token: choice number -> expert
     for t in range(T):
         choices = {} if padded[t] else dict(enumerate(favourites[t]))
         if uniform is not None and 1 in choices and not 2 * p[t][choices[1]] > uniform[t]:
             del choices[1]
         chosen.append(choices)
 
-    # 3. The words queue up: all first choices, then all second choices.
+    # 3. The tokens queue up: all first choices, then all second choices.
     queue = list(range(T))
     if batch_prioritized:
         queue.sort(key=lambda t: -max(p[t]))
@@ -68,7 +68,7 @@ def loop_gating(
                 next_place[expert] += 1
     kept = (position >= 0) & (position < capacity)
 
-    # 4. The experts that took a word share it.
+    # 4. The experts that took a token share it.
     weights = torch.zeros(T, 2, dtype=logits.dtype, device=logits.device)
     for t in range(T):
         took = [k for k in chosen[t] if kept[t, k]]
@@ -82,7 +82,7 @@ def loop_gating(
 
 
 def loop_sparse_mlp(hidden: Tensor, routing: RouterOutput, experts: Experts) -> Tensor:
-    """What the experts make of `hidden [T, D]`, without dropout and expert output masking: `[T, D]`."""
+    """The experts' weighted outputs for `hidden [T, D]`, without dropout and expert output masking: `[T, D]`."""
     outputs = torch.zeros_like(hidden)
     for t in range(routing.num_tokens):
         for k in (0, 1):

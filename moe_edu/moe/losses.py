@@ -1,9 +1,9 @@
 """The training loss of T5X: weighted cross-entropy, its normalising factors, and the router losses added to it.
 
-Letters: B batch, S sequence, V vocabulary.
+Shapes: B batch, S sequence, V vocabulary.
 
-Everything runs in fp32 (fp64 for fp64 inputs) whatever the dtype of the model, and nothing here waits for
-the device. Sources: `losses.py` and `contrib/moe/models.py` of T5X.
+Everything runs in fp32 (fp64 for fp64 inputs), whatever the model's dtype, and nothing here waits for the
+device. Sources: `losses.py` and `contrib/moe/models.py` of T5X.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from moe_edu.moe.router_losses import is_integer, loss_dtype
 class SpecialLossNormalizingFactor(enum.Enum):
     """Normalising factors that depend on the batch (`t5x/losses.py`).
 
-    * `NUM_REAL_TARGET_TOKENS`: the sum of the weights, which is the number of words when weights are 0 or 1.
-    * `NUM_TOTAL_TARGET_TOKENS`: B*S, pads included.
-    * `AVERAGE_PER_SEQUENCE`: each sequence's mean over its own words, then the mean over sequences that have
-      any, so that a long sequence counts no more than a short one.
+    * `NUM_REAL_TARGET_TOKENS`: the sum of the weights, which is the number of real tokens when weights are 0 or 1.
+    * `NUM_TOTAL_TARGET_TOKENS`: B*S, padding included.
+    * `AVERAGE_PER_SEQUENCE`: the mean over each sequence's own tokens, then the mean over the sequences that
+      have any, so that a long sequence counts no more than a short one.
     """
 
     NUM_REAL_TARGET_TOKENS = 1
@@ -42,7 +42,7 @@ class CrossEntropy(NamedTuple):
     """What `weighted_cross_entropy` returns; three scalars.
 
     `total` includes `z_loss`; both are divided by the normalising factor. `weight_sum` is the sum of the
-    weights as applied, so under `AVERAGE_PER_SEQUENCE` it is the number of sequences that have any word.
+    weights as applied, so under `AVERAGE_PER_SEQUENCE` it is the number of sequences with at least one real token.
     """
 
     total: Tensor
@@ -53,9 +53,9 @@ class CrossEntropy(NamedTuple):
 class MoELoss(NamedTuple):
     """What `moe_loss` returns; eight scalars.
 
-    `total = cross_entropy + z_loss + weighted_load_balancing_loss + weighted_router_z_loss`. The weighted
-    router terms are their coefficient times the raw ones, `load_balancing_loss` and `router_z_loss`, which are
-    means over the sparse layers. `weight_sum` is the sum of the tokens' weights.
+    `total = cross_entropy + z_loss + weighted_load_balancing_loss + weighted_router_z_loss`. Each weighted
+    router term is a coefficient times its raw term, `load_balancing_loss` or `router_z_loss`, which is a mean
+    over the sparse layers. `weight_sum` is the sum of the tokens' weights.
     """
 
     total: Tensor
@@ -81,23 +81,23 @@ def weighted_cross_entropy(
 
     The soft target puts `1 - label_smoothing` on the target and shares the rest among the other V-1 classes;
     its own entropy is subtracted, so that a perfect prediction scores 0. `z_loss * logsumexp(logits)^2` is
-    added to every token. Source: `compute_weighted_cross_entropy` in `t5x/losses.py`, except that T5X applies
-    the default weights only under a special normalising factor; here they always hold.
+    added for every token. Source: `compute_weighted_cross_entropy` in `t5x/losses.py`, except that T5X applies
+    the default weights only under a special normalising factor; here they always apply.
 
     Args:
         logits: `[B, S, V]`.
         targets: `[B, S]` integers in `[0, V)`.
-        weights: `[B, S]`, not negative; None means `targets > 0`, since T5X pads with 0. Where another id
-            pads, as 1 does in NLLB, pass the weights.
+        weights: `[B, S]`, not negative; None means `targets > 0`, since T5X pads with 0. If another id is the
+            padding, such as 1 in NLLB, pass the weights.
         label_smoothing: in `[0, 1)`.
         z_loss: coefficient of the z term, 0 or more.
-        loss_normalizing_factor: None (plain sum), a number above 0, or a `SpecialLossNormalizingFactor` or
-            its name in any case.
+        loss_normalizing_factor: None (plain sum), a number above 0, a `SpecialLossNormalizingFactor`, or the
+            name of one in upper or lower case.
         segment_ids: `[B, S]` integers, for sequences packed into one row: a run of equal ids is one sequence,
             0 is padding. Only `AVERAGE_PER_SEQUENCE` reads it.
 
     Returns:
-        `CrossEntropy(total, z_loss, weight_sum)`. No real token gives 0, not NaN.
+        `CrossEntropy(total, z_loss, weight_sum)`. Without real tokens all are 0, not NaN.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a number out of its range, or an unknown factor.
@@ -138,7 +138,7 @@ def moe_loss(
     `_moe_loss_fn` in `t5x/contrib/moe/models.py`.
 
     Args:
-        expert_metrics: one `ExpertMetrics` a sparse layer, as `collect_metrics` returns them.
+        expert_metrics: one `ExpertMetrics` per sparse layer, as `collect_metrics` returns them.
         router_aux_loss_coef: weight of the load balancing loss; the released NLLB-MoE trained with 0.01.
         router_z_loss_coef: weight of the router z-loss.
         logits, targets, weights, label_smoothing, z_loss, loss_normalizing_factor, segment_ids: as in
@@ -188,12 +188,12 @@ def summarize_metrics(
     Args:
         expert_metrics: the layers that `loss` was computed from.
         loss: what `moe_loss` returned.
-        num_target_tokens: B*S of the targets, pads included.
+        num_target_tokens: B*S of the targets, padding included.
 
     Returns:
-        `cross_ent_loss` (the total less the z and router terms), `cross_ent_loss_per_all_target_tokens`, and
-        one `experts/<name>` for each field of `ExpertMetrics`: the mean over layers, the two losses already
-        multiplied by their coefficients. Without sparse layers there is nothing to average and no `experts/` key.
+        `cross_ent_loss` (the total minus the z and router terms), `cross_ent_loss_per_all_target_tokens`, and
+        one `experts/<name>` for each field of `ExpertMetrics`: the mean over layers, with the two losses already
+        multiplied by their coefficients. Without sparse layers there are no `experts/` keys.
 
     Raises:
         ValueError: `num_target_tokens` below 1.
@@ -215,12 +215,12 @@ def summarize_metrics(
 
 
 def _smoothed_cross_entropy(log_probs: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy `[B, S]` against the soft target, less the soft target's entropy.
+    """Cross-entropy `[B, S]` against the soft target, minus the soft target's entropy.
 
     `confidence * nll + low * (sum over the others)` needs no `[B, S, V]` soft target.
     """
     nll = -log_probs.gather(-1, targets[..., None]).squeeze(-1)
-    if not label_smoothing:  # also keeps 0 * inf out where a class is masked with -inf
+    if not label_smoothing:  # also avoids 0 * inf where a class is masked with -inf
         return nll
     num_others = log_probs.shape[-1] - 1
     confidence, low = 1.0 - label_smoothing, label_smoothing / num_others
@@ -252,7 +252,7 @@ def _average_per_sequence(weights: Tensor, segment_ids: Tensor | None) -> tuple[
         sums = sums_at_position = weights.sum(dim=-1, keepdim=True)
     else:
         weights = weights.masked_fill(segment_ids == 0, 0.0)
-        # Numbering the runs 0, 1, ... bounds them by S, whatever the ids are, without asking the device.
+        # Numbering the runs 0, 1, ... bounds their indices by S, whatever the ids are, without waiting for the device.
         starts = segment_ids[..., 1:] != segment_ids[..., :-1]
         run_index = F.pad(starts.long().cumsum(dim=-1), (1, 0))[..., : segment_ids.shape[-1]]
         sums = torch.zeros_like(weights).scatter_add(-1, run_index, weights)

@@ -1,9 +1,9 @@
-"""What the routers did in one pass: five numbers a sparse layer.
+"""What the routers did in one pass: five numbers per sparse layer.
 
-Letters: B batch, S sequence, T = B*S tokens, E experts, K choices a token, C capacity of one expert.
+Shapes: B batch, S sequence, T = B*S tokens, E experts, K choices per token, C capacity of one expert.
 
 Source: `flaxformer/architectures/moe/moe_layers.py`. Every value stays a tensor on its device, so a training step that
-collects metrics waits for nothing.
+collects metrics does not wait for it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from moe_edu.moe.routing import RouterOutput
 class ExpertMetrics(NamedTuple):
     """The router statistics of one sparse layer; five scalars, all 0 when there is no real token.
 
-    The names are T5X's, and so are those of the log, `experts/auxiliary_loss` and `experts/router_z_loss`, where both
-    losses are weighted: by Hugging Face's `router_aux_loss_coef` and `router_z_loss_coef`, as in `MoEConfig`.
+    The names are T5X's, here and in the log, whose `experts/auxiliary_loss` and `experts/router_z_loss` are multiplied
+    by `MoEConfig`'s `router_aux_loss_coef` and `router_z_loss_coef`.
 
     Attributes:
         auxiliary_loss: `load_balancing_loss`, unweighted, with gradient.
         router_z_loss: `router_z_loss`, unweighted, with gradient.
         fraction_tokens_left_behind: share of the real tokens that no expert took, 0 to 1.
-        expert_usage: kept choices over E*C, the places that all experts have together, 0 to 1.
+        expert_usage: kept choices over E*C, the slots that all experts have together, 0 to 1.
         router_confidence: mean probability, before any normalisation, of the kept choices, 0 to 1.
     """
 
@@ -45,7 +45,7 @@ class ExpertMetrics(NamedTuple):
         if padding is not None:
             left_behind = left_behind & ~padding
         num_kept = kept.sum()
-        # A choice not made has the index -1, which gather refuses; it is never kept, so any index serves.
+        # A choice not made has the index -1, which gather refuses; it is never kept, so any valid index will do.
         chosen_probs = routing.probs.detach().gather(-1, routing.expert_index.clamp(min=0))
         return cls(
             auxiliary_loss=load_balancing_loss(routing.probs, routing.expert_index, padding, choices),

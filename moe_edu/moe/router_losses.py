@@ -1,8 +1,8 @@
 """The two losses of a router: load balancing, and the z-loss.
 
-Shapes: T = B*S tokens, E experts, K choices a token.
+Shapes: T = B*S tokens, E experts, K choices per token.
 
-Everything runs in fp32 (fp64 for fp64 inputs) whatever the dtype of the model, and nothing here waits for the device.
+Everything runs in fp32 (fp64 for fp64 inputs), whatever the model's dtype, and nothing here waits for the device.
 Sources: Switch Transformer (Fedus et al. 2021), ST-MoE (Zoph et al. 2022), and `architectures/moe/routing.py` of
 flaxformer.
 """
@@ -22,7 +22,7 @@ Choices = Literal["first", "all"]
 def load_balancing_loss(
     probs: Tensor, expert_index: Tensor, padding: Tensor | None = None, choices: Choices = "first"
 ) -> Tensor:
-    """`E * sum_e f_e * P_e`: 1 when choices and probabilities are even, E when one expert takes all.
+    """`E * sum_e f_e * P_e`: 1 when choices and probabilities are even, E when one expert takes every token.
 
     `f_e` is the share of real tokens that chose expert e, before capacity drops any; `P_e` is the mean
     probability of e over real tokens. A count has no gradient, so the gradient flows through P alone.
@@ -31,7 +31,7 @@ def load_balancing_loss(
     Args:
         probs: `[T, E]`, the router's softmax.
         expert_index: `[T, K]` integers, best choice first; -1 marks a choice not made and is never counted.
-        padding: `[T]` bool, True where padded: such tokens enter neither f nor P.
+        padding: `[T]` bool, True where padded: such tokens count in neither f nor P.
         choices: "first" counts first choices only (Switch); "all" counts all K (flaxformer; K when even).
 
     Returns:
@@ -77,7 +77,7 @@ def router_z_loss(logits: Tensor, padding: Tensor | None = None) -> Tensor:
     _check_router_tensor("logits", logits, padding)
     logits = logits.to(loss_dtype(logits))
     if padding is not None:
-        # Before the logsumexp, not only after it: a padded row then gets gradient 0 even where it holds inf.
+        # Masked before the logsumexp, not only after it: a padded row then gets gradient 0 even if it holds inf.
         logits = logits.masked_fill(padding[:, None], 0.0)
     log_z = torch.logsumexp(logits, dim=-1)
     if padding is not None:

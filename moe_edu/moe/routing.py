@@ -1,6 +1,6 @@
 """The router: which two experts each token chooses, and which choices find room.
 
-Shapes: T tokens (B * S, batch-major), E experts, K = 2 choices a token, C slots in each expert.
+Shapes: T tokens (B * S, batch-major), E experts, K = 2 choices per token, C slots per expert.
 Source: GShard (Lepikhin et al. 2020, algorithm 1) as NLLB-MoE runs it (NLLB Team 2022, section 6.2).
 """
 
@@ -19,20 +19,20 @@ from moe_edu.config import MoEConfig, SecondExpertPolicy
 
 @dataclass(frozen=True, eq=False)
 class RouterOutput:
-    """What one router decided. A value: nothing in it changes afterwards.
+    """What one router decided. Immutable.
 
     Attributes:
         logits: `[T, E]`, router dtype; raw scores, before any noise.
         probs: `[T, E]`, softmax of `logits`.
         expert_index: `[T, K]` int64; the first and second choice, -1 where the token made no such choice
             (padding, a second choice that policy "random" rejected, a single expert).
-        combine_weights: `[T, K]`; the gate of each choice, 0 where it was dropped. Rows sum to 1 or 0 when
-            gates are normalised after dropping, to at most 1 when before.
-        position: `[T, K]` int64; place in the chosen expert's queue from 0, -1 where there was no choice.
-            A place at or beyond `capacity` means that the choice was dropped.
+        combine_weights: `[T, K]`; the gate of each choice, 0 where it was dropped. Rows sum to 1 or 0 if gates
+            are normalised after dropping, to at most 1 if before.
+        position: `[T, K]` int64; place in the chosen expert's queue, counted from 0; -1 where there was no
+            choice. A choice whose place is `capacity` or more was dropped.
         kept: `[T, K]` bool; the choice was made and found room.
-        capacity: slots in each expert, C.
-        padding: `[T]` bool, True where padded; None when nothing was padded.
+        capacity: C, slots per expert.
+        padding: `[T]` bool, True where padded; None if the router saw no padding.
     """
 
     logits: Tensor
@@ -51,17 +51,17 @@ class RouterOutput:
 
     @property
     def num_experts(self) -> int:
-        """E, those that nobody chose included."""
+        """E, including experts that no token chose."""
         return self.logits.shape[1]
 
     def combine_matrix(self) -> Tensor:
-        """The gates as a dense `[T, E]` matrix: row t mixes the outputs of token t's experts."""
-        # A choice that was not made points to expert 0 with weight 0, and adds nothing.
+        """The gates as a dense `[T, E]` matrix: row t holds the weights of the experts' outputs for token t."""
+        # A choice that was not made becomes expert 0 with weight 0, which adds nothing.
         index = self.expert_index.clamp(min=0)
         return torch.zeros_like(self.probs).scatter_add(1, index, self.combine_weights)
 
     def dispatch_mask(self) -> Tensor:
-        """GShard's dense dispatch `[T, E, C]` bool: token t sits in slot c of expert e."""
+        """GShard's dense dispatch mask `[T, E, C]` bool: whether token t is in slot c of expert e."""
         token, choice = self.kept.nonzero(as_tuple=True)
         mask = self.kept.new_zeros(self.num_tokens, self.num_experts, self.capacity)
         mask[token, self.expert_index[token, choice], self.position[token, choice]] = True
@@ -69,14 +69,14 @@ class RouterOutput:
 
 
 def expert_capacity(num_tokens: int, config: MoEConfig, training: bool) -> int:
-    """Slots in each expert for a batch of `num_tokens` tokens (B * S, pads included).
+    """Slots per expert for a batch of `num_tokens` tokens (B * S, padding included).
 
-    Training: `config.expert_capacity` where set, else `2 * ceil(T / E)` times the capacity factor. Eval:
-    `ceil(fraction * T)` where `config.moe_eval_capacity_token_fraction` is positive, else as in training.
+    Training: `config.expert_capacity` if set, else `2 * ceil(T / E)` times the capacity factor. Eval:
+    `ceil(fraction * T)` if `config.moe_eval_capacity_token_fraction` is positive, else as in training.
     Source: fairseq, NLLB branch, `fairseq/modules/moe/top2gate.py`.
 
     Returns:
-        C, how many choices each expert takes at most.
+        C, the largest number of choices that each expert takes.
     """
     if not training and config.moe_eval_capacity_token_fraction > 0:
         return math.ceil(config.moe_eval_capacity_token_fraction * num_tokens)
@@ -95,21 +95,22 @@ def top2_gating(
     padding: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> RouterOutput:
-    """Choose two experts a token and seat the choices.
+    """Choose two experts per token, and give the choices slots.
 
     Args:
         logits: `[T, E]` floating; never changed.
-        capacity: slots in each expert, at least 0.
+        capacity: slots per expert, at least 0.
         second_expert_policy: "all" takes the runner-up; "sampling" adds Gumbel noise to the logits, which
             samples the runner-up from the softmax without the first choice; "random" keeps the runner-up only
-            if `2 * p2 > U(0, 1)` (GShard).
-        normalize_before_dropping: gates are `p_i / (p1 + p2)` whatever happens next: a choice that is
-            dropped, or rejected by "random", loses its share. Otherwise gates are divided by the kept
-            choices' sum, so that a lone survivor gets 1.
+            if `2 * p2 > U(0, 1)`. For "random", p2 is the softmax's own probability, as in fairseq and
+            `transformers` with their defaults; GShard's algorithm 1 first divides it by `p1 + p2`.
+        normalize_before_dropping: gates are `p_i / (p1 + p2)` whatever happens next: the share of a choice
+            that is dropped, or rejected by "random", is lost. Otherwise gates are divided by the kept choices'
+            sum, so that a lone survivor gets 1.
         batch_prioritized: queue by descending top probability instead of by place in the batch
             (Riquelme et al. 2021).
-        padding: `[T]` bool, True where padded. Pads choose nobody and take no slot.
-        generator: source of the noise for "sampling" and "random".
+        padding: `[T]` bool, True where padded. Padding chooses no expert and takes no slot.
+        generator: draws the random numbers of "sampling" and "random".
 
     Returns:
         RouterOutput in the dtype of `logits`.
@@ -156,8 +157,8 @@ def top2_gating(
 def queue_positions(expert_index: Tensor, num_experts: int, order: Tensor | None = None) -> Tensor:
     """Each choice's place in its expert's queue.
 
-    All first choices queue before any second choice, and the second choices start behind *all* first choices,
-    even those that will find no room.
+    All first choices queue before any second choice: second choices come after *all* first choices, even after
+    those that will find no room.
 
     Args:
         expert_index: `[T, K]` int64, -1 where no choice was made.
@@ -170,8 +171,8 @@ def queue_positions(expert_index: Tensor, num_experts: int, order: Tensor | None
     T, K = expert_index.shape
     queue = expert_index if order is None else expert_index[order]
     line = queue.T.reshape(-1)  # [K * T]: first choices, then second choices
-    # A stable sort by expert puts each queue side by side in order of arrival. Choices that were not made
-    # wait in a queue of their own, behind the last expert's.
+    # A stable sort by expert puts each queue together, in order of arrival. Choices that were not made form
+    # their own queue, after the last expert's.
     expert, arrival = line.where(line >= 0, num_experts).sort(stable=True)
     lengths = count_per_expert(line, num_experts)
     start = F.pad(lengths.cumsum(0), (1, 0))  # [E + 1]
@@ -184,9 +185,9 @@ def queue_positions(expert_index: Tensor, num_experts: int, order: Tensor | None
 
 
 def count_per_expert(expert_index: Tensor, num_experts: int) -> Tensor:
-    """How often each expert occurs in `expert_index` (any shape; -1 counts for nobody): `[E]` int64.
+    """How often each expert occurs in `expert_index` (any shape; -1 is not counted): `[E]` int64.
 
-    `torch.bincount` would synchronise with the device to size its result.
+    `torch.bincount` would wait for the device to learn the size of its result.
     """
     flat = expert_index.reshape(-1)
     counts = flat.new_zeros(num_experts + 1)
@@ -203,7 +204,7 @@ class Top2Router(nn.Module):
     `transformers`' `NllbMoeTop2Router`.
 
     Attributes:
-        gating: `top2_gating`, or a function that takes what it takes; see `moe_edu.moe.layer.with_parts`.
+        gating: `top2_gating`, or a function with the same arguments and result; see `moe_edu.moe.layer.with_parts`.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -219,7 +220,7 @@ class Top2Router(nn.Module):
         """Route `hidden [B, S, D]`; `padding_mask [B, S]` bool, True where padded.
 
         Raises:
-            ValueError: `hidden` is not `[B, S, D]`, or the mask is of another shape or dtype.
+            ValueError: `hidden` is not `[B, S, D]`, or the mask has another shape or dtype.
         """
         if hidden.ndim != 3 or hidden.shape[-1] != self.config.d_model:
             raise ValueError(f"hidden must be [B, S, {self.config.d_model}]; got {list(hidden.shape)}")
@@ -243,10 +244,10 @@ class Top2Router(nn.Module):
 
 
 class RouterLinear(nn.Linear):
-    """`nn.Linear` whose product and result are in `compute_dtype`, whatever the dtypes of its weights and of its input.
+    """`nn.Linear` that computes and returns `compute_dtype`, whatever the dtypes of its weights and of its input.
 
-    The weights keep the model's dtype. Forward hooks and pruning find it as they find any linear map; dynamic
-    quantisation, which goes by the exact class, leaves it in its precision, as routers need it.
+    The weights keep the model's dtype. Forward hooks and pruning treat it as any linear layer; dynamic quantisation,
+    which looks for the exact class, leaves it alone, so that the router keeps its precision.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, compute_dtype: torch.dtype) -> None:
@@ -254,7 +255,7 @@ class RouterLinear(nn.Linear):
         self.compute_dtype = compute_dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        # Autocast would run the product in half precision, whatever the dtypes of its operands.
+        # Autocast would run the product in half precision, even for fp32 operands.
         with torch.autocast(input.device.type, enabled=False):
             operands = (input, self.weight, self.bias)
             return F.linear(*(None if t is None else t.to(self.compute_dtype) for t in operands))
@@ -263,7 +264,7 @@ class RouterLinear(nn.Linear):
 def check_padding_mask(
     padding_mask: Tensor | None, shape: tuple[int, ...] | torch.Size, name: str = "padding_mask"
 ) -> None:
-    """Refuse a mask that would be read the wrong way round; `name` is the caller's word for it.
+    """Refuse a mask that could be read the wrong way round; `name` is what the caller calls it.
 
     Raises:
         ValueError: `padding_mask` is neither None nor a bool tensor of `shape`.
@@ -295,9 +296,9 @@ def _choose(
     """`[T, 2]` int64: the first choice, and the best other expert (-1 where there is none).
 
     The first choice is taken from the probabilities and the second from the logits, as in the code that trained the
-    published model. The two differ: the softmax rounds, so that different logits may have the same probability, of
-    which the lower index is taken, and where the first choice is almost certain all others underflow to 0 and would
-    look alike. Noise is added to logits, too.
+    published model. This matters: the softmax rounds, so different logits may have the same probability, and ties go
+    to the lower index; if the first choice is almost certain, all other probabilities underflow to 0 and look alike.
+    Noise, too, is added to the logits.
     """
     first = probs.argmax(dim=1, keepdim=True)
     if logits.shape[1] == 1:
@@ -312,7 +313,10 @@ def _choose(
 
 
 def _give_up_unlikely(expert_index: Tensor, probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Keep a second choice of probability p2 only if `2 * p2 > U(0, 1)`."""
+    """Keep a second choice of probability p2 only if `2 * p2 > U(0, 1)`.
+
+    As fairseq and `transformers` do by default, p2 is not normalised; GShard's algorithm 1 uses `p2 / (p1 + p2)`.
+    """
     first, second = expert_index.split(1, dim=1)
     p2 = probs.detach().gather(1, second.clamp(min=0))
     # Not `torch.rand`, which torch.compile cannot trace with a generator argument where T is not fixed.
@@ -321,6 +325,6 @@ def _give_up_unlikely(expert_index: Tensor, probs: Tensor, generator: torch.Gene
 
 
 def _gumbel_like(scores: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Gumbel(0, 1) noise: minus the logarithm of an exponential variate."""
+    """Gumbel(0, 1) noise: minus the logarithm of an exponential random number."""
     noise = torch.empty_like(scores).exponential_(generator=generator)
     return -noise.log()

@@ -1,22 +1,22 @@
-// Attention of a few queries, as in generation, where each hypothesis has one new token: of a product per sentence and
-// head as small as that, the libraries behind PyTorch take longer to begin than to compute.
+// Attention of a few queries, as in generation, where each hypothesis has one new token: for products this small, one
+// per sentence and head, PyTorch's libraries take longer to start than to compute.
 
 #include <math.h>
 
 #include "exponential.h"
 
 enum {
-  // What fits on the stack: keys that a query attends to, and numbers of a head.
+  // What fits on the stack: keys that a query attends to, and numbers per head.
   KEYS = 1024,
   HEAD = 256,
 };
 
-// Elements between one sentence, head or token and the next; the numbers of one head are next to each other.
+// Elements between one sentence, head or token and the next; the numbers of a head are contiguous.
 typedef struct {
   index sentence, head, token;
 } strides;
 
-// In eight sums that do not wait for each other.
+// Eight independent sums: none waits for another.
 INLINE float dot(const float *a, const float *b, index D) {
   enum { PARTS = 8 };
   float parts[PARTS] = {0};
@@ -28,7 +28,7 @@ INLINE float dot(const float *a, const float *b, index D) {
   return ((parts[0] + parts[4]) + (parts[2] + parts[6])) + ((parts[1] + parts[5]) + (parts[3] + parts[7]));
 }
 
-// out = softmax(query keys^T / sqrt(D) + bias) values for one query; bias is NULL or one number a key.
+// out = softmax(query keys^T / sqrt(D) + bias) values for one query; bias is NULL or holds one number per key.
 INLINE void attend(
     const float *query, const float *keys, index key_stride, const float *values, index value_stride, const float *bias,
     float *out, index S, index D) {
@@ -52,7 +52,7 @@ INLINE void attend(
   for (index d = 0; d < D; d++) out[d] = mixed[d] / sum;
 }
 
-// The usual sizes of a head have code of their own, whose sums stay in registers.
+// The usual head sizes have their own code, whose sums stay in registers.
 #define VERSION(processor) \
   static void attend_##processor( \
       const float *query, const float *keys, index key_stride, const float *values, index value_stride, \

@@ -1,4 +1,4 @@
-// exp(x) for x <= 0, to about 1e-7 of its value, and at least 1e-38; in this form compilers compute several at once.
+// exp(x) for x <= 0, to a relative error of about 1e-7, and at least 1e-38; compilers can vectorise this form.
 
 #include "processor.h"
 
@@ -9,9 +9,9 @@ typedef union {
 
 INLINE float exponential(float x) {
   const float least = x < -87 ? -87 : x;
-  // x = n ln 2 + rest. Adding 1.5 * 2^23 rounds to a whole number n, which then stands in the lowest bits.
+  // x = n ln 2 + rest. Adding 1.5 * 2^23 rounds to a whole number n, which is then in the lowest bits.
   const float shift = 12582912, shifted = least * 1.44269504f + shift, n = shifted - shift;
-  const float rest = (least - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact times n
+  const float rest = (least - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts; the first times n is exact
   // The minimax polynomial of the Cephes library, `expf`.
   float power = 1.9875691500e-4f;
   power = power * rest + 1.3981999507e-3f;

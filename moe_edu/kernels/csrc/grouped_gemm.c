@@ -1,13 +1,13 @@
 // Grouped products in fp32 on the CPU: for every expert, the rows that belong to it times its weights.
 //
-// The libraries behind PyTorch copy each weight into an order that suits their inner loop, which pays where hundreds of
-// rows are multiplied with it. An expert often has 8 to 64. Here the few rows are reordered instead, and the weights are
-// read where they are, once, as the factors of a tile of sums that stays in registers (the tiles are those of Goto and
-// van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication"; the roles of the operands are exchanged).
+// PyTorch's libraries copy each weight matrix into an order that suits their inner loop, which pays off when hundreds
+// of rows are multiplied by it. An expert often has 8 to 64. Here the few rows are reordered instead, and the weights
+// are read in place, once, as the factors of a tile of sums that stays in registers (the tiles are those of Goto and
+// van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication", with the roles of the operands exchanged).
 //
-// Shapes, all contiguous: x, grad_x `[rows, K]`; y, grad_y `[rows, N]`; w, grad_w `[experts, N, K]`; bias `[experts, N]`.
-// The rows `first[e]` to `first[e + 1]` are those of expert e; others are neither read nor written. Every number is summed
-// in the same order, however many threads there are.
+// Shapes, all contiguous: x, grad_x `[rows, K]`; y, grad_y `[rows, N]`; w, grad_w `[experts, N, K]`;
+// bias `[experts, N]`. Rows `first[e]` to `first[e + 1]` belong to expert e; other rows are neither read nor written.
+// The order of every sum does not depend on the number of threads.
 
 #include "processor.h"
 
@@ -21,9 +21,9 @@ typedef int four_indices __attribute__((vector_size(16)));
 #endif
 
 enum {
-  LINE = 16,  // floats in a line of the cache
-  // One task's rows and columns of a result, and the depth of its panels where the weights are in place and where they
-  // are packed. Panels and sums, 512 KiB, are on the stack and fit into the L2 cache.
+  LINE = 16,  // floats in a cache line
+  // The rows and columns of the result that one task computes, and the depth of its panels: DEPTH where the weights are
+  // read in place, BLOCK where they are packed. Panels and sums, 512 KiB, are on the stack and fit into the L2 cache.
   ROWS = 128,
   COLUMNS = 512,
   DEPTH = 512,
@@ -64,7 +64,7 @@ static index most_rows(const index *first, index experts) {
   return most;
 }
 
-// y = x w^T + bias, or without it where it is NULL
+// y = x w^T + bias; a NULL bias adds nothing.
 void grouped_gemm_linear(
     const float *x, const float *w, const float *bias, float *y, const index *first, index experts, index N, index K,
     int threads) {
@@ -97,11 +97,11 @@ void grouped_gemm_grad_input(
       }
 }
 
-// grad_w = grad_y^T x; zeros for experts without rows.
+// grad_w = grad_y^T x, which is zero for experts without rows.
 void grouped_gemm_grad_weight(
     const float *grad_y, const float *x, float *grad_w, const index *first, index experts, index N, index K,
     int threads) {
-  // Few rows leave room for more columns, and long runs of memory are written faster.
+  // Few rows leave room for more columns, and memory is written faster in long runs.
   const index columns = COLUMNS * MAX(1, MIN(4, BLOCK / MAX(1, most_rows(first, experts))));
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads)
   for (index e = 0; e < experts; e++)

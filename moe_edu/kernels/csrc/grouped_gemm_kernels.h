@@ -1,12 +1,12 @@
-// The products for one kind of processor. `grouped_gemm.c` includes this file once for each, having defined
+// The products for one kind of processor. `grouped_gemm.c` includes this file once for each kind, having defined
 //
 //   TARGET    the attribute that lets the compiler use the processor's instructions
 //   LANES     floats in one of its vectors
 //   TILE      rows of a tile: 2 * TILE sums and their factors fill its registers
-//   NAMED(x)  `x`, named after it
+//   NAMED(x)  `x` with the processor's name appended
 //
 // All three products are made of the same tile: TILE numbers, one from each row, times a strip of PANEL numbers, summed
-// over the product's inner dimension. The strips, a panel, lie one behind the other and in the cache.
+// over the product's inner dimension. The strips of one tile lie in the cache one after the other: they form a panel.
 
 enum { NAMED(PANEL) = 2 * LANES };
 #define PANEL NAMED(PANEL)
@@ -14,21 +14,22 @@ enum { NAMED(PANEL) = 2 * LANES };
 typedef float NAMED(vector) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define vector NAMED(vector)
 
-// What a tile multiplies: row r of step k is `at[r * row + k * step]`.
+// The numbers that a tile multiplies: the one of row r at step k is `at[r * row + k * step]`.
 typedef struct {
   const float *at;
   index row, step;
 } NAMED(factors);
 #define factors NAMED(factors)
 
-// Rows of memory that are needed next: while a tile is computed, as much of each is fetched as the tile is deep.
+// Rows of memory that are needed next: a tile of depth d, while it is computed, fetches d numbers of each.
 typedef struct {
   const float *at;
   index row, count;
 } NAMED(upcoming);
 #define upcoming NAMED(upcoming)
 
-// out[r][0:PANEL] (+)= sum over k of a[r][k] * panel[k][0:PANEL]; with `half` only the first LANES of them.
+// out[r][0:PANEL] = sum over k of a[r][k] * panel[k][0:PANEL], added to `out` unless `fresh`; with `half`, only the
+// first LANES of them.
 INLINE TARGET void NAMED(multiply)(
     factors a, const float *panel, index depth, upcoming next, const int rows, const int half, int fresh, float *out,
     index out_row) {
@@ -59,7 +60,7 @@ INLINE TARGET void NAMED(multiply)(
   }
 }
 
-// `multiply` for up to TILE rows: each number of rows has code of its own, in which the sums stay in registers.
+// `multiply` for up to TILE rows: each number of rows has its own code, in which the sums stay in registers.
 TARGET static void NAMED(tile)(
     factors a, const float *panel, index depth, upcoming next, index rows, int half, int fresh, float *out,
     index out_row) {
@@ -105,8 +106,8 @@ INLINE TARGET void NAMED(transpose)(
   *(four *)(to + 3 * to_row) = SHUFFLE(ab2, cd2, 2, 3, 6, 7);
 }
 
-// Cut `[depth, columns]` of `from` into panels, the last one filled up with zeros. A line is left between two of them, so
-// that the same step of all does not fall on the same place of the cache.
+// Cut `[depth, columns]` of `from` into panels, padding the last one with zeros. A gap of one strip separates panels,
+// so that the same step of different panels does not map to the same place in the cache.
 TARGET static void NAMED(pack)(const float *from, index from_row, index depth, index columns, float *panels) {
   for (index k = 0; k < depth; k++)
     for (index c = 0; c < columns; c += PANEL) {
@@ -121,7 +122,7 @@ TARGET static void NAMED(pack)(const float *from, index from_row, index depth, i
     }
 }
 
-// `tile` into a matrix that may end within the panel: `columns` of it are there.
+// `tile` for an `out` that may be narrower than the panel: it has `columns` columns.
 INLINE TARGET void NAMED(tile_within)(
     factors a, const float *panel, index depth, upcoming next, index rows, index columns, int fresh, float *out,
     index out_row) {
@@ -135,9 +136,9 @@ INLINE TARGET void NAMED(tile_within)(
     for (index c = 0; c < columns; c++) out[r * out_row + c] = sums[r * PANEL + c] + (fresh ? 0 : out[r * out_row + c]);
 }
 
-// y[m][n] = bias[n] + sum over k of x[m][k] * w[n][k], for `rows` m and the n of `from` to `to`.
+// y[m][n] = bias[n] + sum over k of x[m][k] * w[n][k], for all `rows` m and for n from `from` to `to`.
 //
-// The rows lie side by side in the panels and the weights are the factors: each is read where it is, once for all rows.
+// The panels hold the rows side by side, and the weights are the factors: each is read in place, once for all rows.
 TARGET static void NAMED(linear)(
     const float *x, const float *w, const float *bias, float *y, index rows, index from, index to, index N, index K) {
   float panels[ROWS * DEPTH] __attribute__((aligned(64)));
@@ -146,7 +147,7 @@ TARGET static void NAMED(linear)(
   for (index p = 0; p < count; p++)
     for (index n = from; n < to; n++)
       for (int m = 0; m < PANEL; m++) sums[p][n - from][m] = bias ? bias[n] : 0;
-  // Few rows leave room for deeper panels, and long runs of memory are read faster.
+  // Few rows leave room for deeper panels, and memory is read faster in long runs.
   const index deepest = MIN(4 * DEPTH, ROWS * DEPTH / (count * PANEL));
   for (index k = 0; k < K; k += deepest) {
     const index depth = MIN(deepest, K - k);
@@ -173,16 +174,16 @@ TARGET static void NAMED(linear)(
       NAMED(transpose)(sums[m / PANEL][n - from] + m % PANEL, PANEL, to - n, rows - m, y + m * N + n, N);
 }
 
-// grad_x[m][k] = sum over n of grad_y[m][n] * w[n][k], for `rows` m and the k of `from` to `to`.
+// grad_x[m][k] = sum over n of grad_y[m][n] * w[n][k], for all `rows` m and for k from `from` to `to`.
 //
-// The weights are packed block by block, and while one is multiplied the next is fetched.
+// The weights are packed block by block; while one block is multiplied, the next is fetched.
 TARGET static void NAMED(grad_input)(
     const float *grad_y, const float *w, float *grad_x, index rows, index from, index to, index N, index K) {
   float panels[(BLOCK + 1) * COLUMNS] __attribute__((aligned(64)));
   float sums[COLUMNS / PANEL][ROWS][PANEL] __attribute__((aligned(64)));
-  enum { PARTS = COLUMNS / BLOCK };  // a tile is BLOCK deep: it takes so many to fetch a row
+  enum { PARTS = COLUMNS / BLOCK };  // a tile is BLOCK deep: this many tiles fetch a row
   const index columns = to - from, tiles = (rows + TILE - 1) / TILE;
-  const index height = (rows + tiles - 1) / tiles;  // of tiles that are all about as high
+  const index height = (rows + tiles - 1) / tiles;  // tiles of about equal height
   const index shares = tiles * (COLUMNS / PANEL / PARTS);
   for (index n = 0; n < N; n += BLOCK) {
     const index depth = MIN(BLOCK, N - n), ahead = MAX(0, MIN(BLOCK, N - n - BLOCK));
@@ -190,7 +191,7 @@ TARGET static void NAMED(grad_input)(
     for (index k = 0; k < columns; k += PANEL)
       for (index m = 0; m < rows; m += height) {
         const factors a = {grad_y + m * N + n, N, 1};
-        const index p = k / PANEL, share = p / PARTS * tiles + m / height;  // of the next block, for this tile to fetch
+        const index p = k / PANEL, share = p / PARTS * tiles + m / height;  // this tile's share of the next block
         const index first = ahead * share / shares, last = ahead * (share + 1) / shares;
         const upcoming next = {w + (n + BLOCK + first) * K + from + p % PARTS * BLOCK, K, last - first};
         const float *panel = panels + k * (depth + 1);
@@ -202,13 +203,13 @@ TARGET static void NAMED(grad_input)(
     for (index k = 0; k < columns; k++) grad_x[m * K + from + k] = sums[k / PANEL][m][k % PANEL];
 }
 
-// grad_w[n][k] = sum over m of grad_y[m][n] * x[m][k], for the n of `from` to `to`, all `rows` m and `columns` k.
+// grad_w[n][k] = sum over m of grad_y[m][n] * x[m][k], for n from `from` to `to`, all `rows` m and all `columns` k.
 TARGET static void NAMED(grad_weight)(
     const float *grad_y, const float *x, float *grad_w, index rows, index from, index to, index columns, index N,
     index K) {
-  enum { STRIP = 4 * LINE };  // n at a time, so that whole lines of grad_y are read
+  enum { STRIP = 4 * LINE };  // this many n at a time, so that whole cache lines of grad_y are read
   float panels[(BLOCK + 4) * COLUMNS] __attribute__((aligned(64)));
-  float strip[(STRIP + TILE) * BLOCK + LANES] __attribute__((aligned(64)));  // its tiles one behind the other
+  float strip[(STRIP + TILE) * BLOCK + LANES] __attribute__((aligned(64)));  // tiles one after the other
   for (index m = 0; m == 0 || m < rows; m += BLOCK) {
     const index depth = MIN(BLOCK, rows - m);
     NAMED(pack)(x + m * K, K, depth, columns, panels);
@@ -218,7 +219,7 @@ TARGET static void NAMED(grad_weight)(
         float *t = strip + (n - n0) * depth;
         for (index i = 0; i < depth; i++) {
           const float *source = grad_y + (m + i) * N + n;
-          if (n + LANES <= N)  // what is too much, the next one overwrites
+          if (n + LANES <= N)  // the next copy overwrites any surplus
             *(vector *)(t + i * TILE) = *(const vector *)source;
           else
             for (index r = 0; r < MIN(TILE, end - n); r++) t[i * TILE + r] = source[r];
@@ -230,7 +231,7 @@ TARGET static void NAMED(grad_weight)(
         const index ahead = m == 0 ? MAX(0, MIN(TILE, to - n - TILE)) : 0;
         for (index k = 0; k < columns; k += PANEL) {
           float *out = grad_w + n * K + k;
-          const upcoming next = {out + TILE * K, K, ahead};  // memory is fetched to be written, too
+          const upcoming next = {out + TILE * K, K, ahead};  // fetched although it is only written
           NAMED(tile_within)(a, panels + k * (depth + 1), depth, next, tile, columns - k, m == 0, out, K);
         }
       }

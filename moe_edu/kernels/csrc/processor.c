@@ -1,4 +1,4 @@
-// Whether this processor can run the compiled code, and how wide its vectors then are.
+// Whether this processor can run the compiled code, and how wide its vectors are.
 
 #include "processor.h"
 
@@ -10,7 +10,7 @@ int is_supported(void) {
 #endif
 }
 
-// In bits. Processors that are not x86-64 run the code for 64-bit ARM, whose vectors have 128.
+// The width in bits. Processors other than x86-64 run the code for 64-bit ARM, whose vectors have 128 bits.
 int vector_bits(void) {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx512f") ? 512 : 256;

@@ -1,4 +1,4 @@
-// What every file of compiled code shares: types, and functions in one version for each kind of processor.
+// What all files of compiled code share: types, and macros that make one version of a function per kind of processor.
 
 #include <stddef.h>
 

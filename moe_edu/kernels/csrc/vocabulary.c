@@ -1,5 +1,5 @@
-// The most probable tokens of a large vocabulary. The logits exist block by block, in the cache, and of each block every
-// row keeps what it needs: the largest logits so far, and the sum of all exponentials (Milakov and Gimelshein 2018,
+// The most probable tokens of a large vocabulary. Logits are computed block by block, in the cache; from block to
+// block, each row keeps only its largest logits so far and the sum of all exponentials (Milakov and Gimelshein 2018,
 // "Online normalizer calculation for softmax", section 4).
 
 #include <math.h>
@@ -7,17 +7,17 @@
 #include "exponential.h"
 
 enum {
-  // Rows and columns of a block of logits; with the weights that make it, it fits into the L2 cache.
+  // Rows and columns of a block of logits, which fits into the L2 cache together with its weights.
   ROWS = 64,
   COLUMNS = 512,
-  RUN = 32,  // logits that are looked at together
+  RUN = 32,  // logits that are compared together
 };
 
 void grouped_gemm_linear(
     const float *x, const float *w, const float *bias, float *y, const index *first, index experts, index N, index K,
     int threads);
 
-// What one row knows of the logits before: how many it keeps, sorted, their tokens, and the sum of exp(logit - most).
+// What one row keeps of the logits so far: the `count` largest, sorted, their tokens, and the sum of exp(logit - most).
 typedef struct {
   index count;
   float *logits;
@@ -35,7 +35,7 @@ static void insert(row_state *row, index limit, float logit, index token) {
   row->tokens[place] = token;
 }
 
-// The row after `columns` more logits, the first of them that of `first_token`; of the largest it keeps `limit`.
+// Update a row with `columns` more logits, the first being that of `first_token`; the row keeps the `limit` largest.
 INLINE void add_block(row_state *row, index limit, const float *logits, index columns, index first_token) {
   float most = row->most;
   for (index start = 0; start < columns; start += RUN) {
@@ -66,8 +66,8 @@ INLINE void add_block(row_state *row, index limit, const float *logits, index co
   }
 VERSIONS(VERSION)
 
-// log_probs[m], tokens[m] `[count]`: the largest of log_softmax(hidden[m] weight^T) and where they stand, largest first;
-// of equals, the first. Shapes, all contiguous: hidden `[rows, K]`, weight `[V, K]`; count is at most V.
+// log_probs[m], tokens[m] `[count]`: the largest of log_softmax(hidden[m] weight^T) and their places, largest first;
+// among equals, the first. Shapes, all contiguous: hidden `[rows, K]`, weight `[V, K]`; count is at most V.
 void most_probable(
     const float *hidden, const float *weight, float *log_probs, index *tokens, index rows, index V, index K,
     index count, int threads) {
