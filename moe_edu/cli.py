@@ -1,4 +1,4 @@
-"""The command line: `moe-edu lab | lessons | train | translate | bench`; each command imports its part when it runs."""
+"""The command line, `moe-edu lab | lessons | train | translate | bench | env`; commands import what they run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DERIVED = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decod
 
 
 class _Commands(click.Group):
-    """The commands of this file, and `bench`, whose own file has its commands."""
+    """The commands of this file, and `bench`, which has its own file."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return sorted([*super().list_commands(context), "bench"])
@@ -47,14 +47,12 @@ def main() -> None:
 
 
 def fail_clearly(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an error that the reader can mend into one line instead of a traceback."""
+    """Show an error that the user can fix as one line instead of a traceback."""
 
     def run(**options: Any) -> None:
         try:
             command(**options)
-        except (
-            BrokenPipeError
-        ):  # whoever reads has read enough, such as `| head -1`: click ends without a word
+        except BrokenPipeError:  # the reader, such as `| head -1`, has closed the pipe: click ends silently
             raise
         except (ValueError, OSError, RuntimeError) as error:
             raise click.ClickException(str(error)) from error
@@ -67,9 +65,9 @@ def fail_clearly(command: Callable[..., None]) -> Callable[..., None]:
 def field_options(
     cls: type, group: str, skip: set[str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """One option for each field of a dataclass; None (not given) leaves the default to the code that runs."""
+    """One option per field of a dataclass; its default None means "not given", so that the dataclass's own applies."""
     hints = typing.get_type_hints(cls)
-    # The docstring's list of fields: "name: what it is", perhaps over several lines.
+    # The docstring's list of fields: "name: description", perhaps over several lines.
     documented = dict(re.findall(r"^ {8}(\w+): (.+?)(?=^ {8}\w+: |^ *$)", cls.__doc__ or "", re.M | re.S))
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -102,7 +100,7 @@ def _option_type(hint: Any) -> tuple[Any, bool]:
 
 
 def given(options: dict[str, Any], cls: type) -> dict[str, Any]:
-    """The options that were given and are fields of `cls`; comma-separated lists as tuples ("all" as None)."""
+    """The given options that are fields of `cls`; comma-separated lists become tuples, "all" becomes None."""
     hints = typing.get_type_hints(cls)
     values = {}
     for field in dataclasses.fields(cls):
@@ -125,7 +123,7 @@ def _split_codes(text: str) -> tuple[str, ...] | None:
 @click.option("--no-browser", is_flag=True, help="Print the address instead of opening it.")
 @fail_clearly
 def lab(notebook: str, port: int | None, no_browser: bool) -> None:
-    """Open JupyterLab on the lessons, outside a clone on a copy of them in ./moe_edu_lessons."""
+    """Open the lessons in JupyterLab; outside a clone, open a copy of them in ./moe_edu_lessons."""
     from moe_edu.system.lab import lab_command
     from moe_edu.system.notebooks import COPY, copy_lessons, find_clone
     from moe_edu.system.requirements import explain_missing
@@ -145,7 +143,7 @@ def lab(notebook: str, port: int | None, no_browser: bool) -> None:
     command = [*lab_command(), f"--notebook-dir={folder}", f"--LabApp.default_url=/lab/tree/{notebook}"]
     command += [f"--port={port}"] if port else []
     command += ["--no-browser"] if no_browser else []
-    # In a container people often are root, which JupyterLab refuses unless told so.
+    # In a container the user is often root, whom JupyterLab refuses without this option.
     command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     raise SystemExit(subprocess.call(command))
 
@@ -154,17 +152,17 @@ def lab(notebook: str, port: int | None, no_browser: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default="moe_edu_lessons")
 @fail_clearly
 def lessons(folder: Path) -> None:
-    """Copy the lessons to FOLDER, by default moe_edu_lessons; no file that is there is replaced."""
+    """Copy the lessons to FOLDER, by default moe_edu_lessons; existing files are not replaced."""
     from moe_edu.system.notebooks import copy_lessons
 
     copied, kept = copy_lessons(folder)
-    there = f"; {kept} were there and stay as they are" if kept else ""
+    there = f"; {kept} were already there and are unchanged" if kept else ""
     click.echo(f"{copied} files copied to {folder}{there}")
 
 
 @main.command()
 def env() -> None:
-    """Print what a report of a fault needs: versions, the machine, the device and the back end."""
+    """Print what a bug report needs: versions, the machine, the device and the back end."""
     from moe_edu.environment import describe_environment
 
     click.echo(describe_environment())
@@ -183,7 +181,7 @@ def env() -> None:
     default=None,
     help="A FLORES-200 folder or a TSV file; by default the corpus that ships.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
+@click.option("--resume", is_flag=True, help="Continue the run in the folder.")
 @click.option(
     "--store",
     type=click.Choice(("float32", "float16")),
@@ -196,13 +194,13 @@ def env() -> None:
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="CPU threads, divided among the processes, each of which has one at least; more are slower for a small model.",
+    help="CPU threads, divided among the processes (at least one each); more are slower for a small model.",
 )
 @click.option(
     "--processes",
     type=click.IntRange(1),
     default=None,
-    help="CPU processes: 1, or as many as shards, which is the default where there are so many cores.",
+    help="CPU processes: 1, or one per shard, which is the default if there are that many cores.",
 )
 @click.option(
     "--checkpoint-every",
@@ -215,7 +213,7 @@ def env() -> None:
     "--test-sentences",
     type=click.IntRange(0),
     default=None,
-    help="Test on so many sentences; by default on all.",
+    help="Test on this many sentences; by default on all.",
 )
 @field_options(TrainingSettings, "Training", set())
 @field_options(MoEConfig, "Model field", _DERIVED)
@@ -254,7 +252,7 @@ def train(
     )
     test = result.summary["test"]
     peak = result.summary["peak_rss_mb"]
-    memory = "" if peak is None else f", {peak:.0f} MB at most"
+    memory = "" if peak is None else f", at most {peak:.0f} MB of memory"
     click.echo(
         f"{result.summary['steps']} steps in {result.summary['seconds']} s, "
         f"{result.summary['tokens_per_second']} tokens/s{memory}\n"
@@ -264,7 +262,7 @@ def train(
 
 
 class _TextCommand(click.Command):
-    """Says what to do with a text that looks like an option."""
+    """Explains what to do with a text that looks like an option."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         try:
@@ -296,7 +294,7 @@ def translate(
 
     translator = load_pretrained(model, device)
     if not text and not sys.stdin.isatty() and isinstance(sys.stdin, io.TextIOWrapper):
-        # On Windows piped text would be read in an older code page.
+        # Without this, Windows would read piped text in an older code page.
         sys.stdin.reconfigure(encoding="utf-8-sig")
     for line in text or (line.rstrip("\n") for line in sys.stdin):
         click.echo(translator.translate(line, target=to, source=source, num_beams=beams))

@@ -21,8 +21,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "float": (Real,),
     "bool": (bool,),
 }
-# The table of positions is computed, not read: without a limit, a stranger's config.json could ask for any amount
-# of memory.
+# The table of positions is computed, not read from a file: without a limit, an untrusted config.json could ask for
+# any amount of memory.
 _MOST_POSITIONS = 2**17
 
 
@@ -30,30 +30,31 @@ _MOST_POSITIONS = 2**17
 class MoEConfig:
     """The shape and behaviour of the encoder and the translator.
 
-    Fields carry Hugging Face's `NllbMoeConfig` names, so its `config.json` loads as it is. The defaults are that
-    class's, too, except two that follow what trained the released 54B model (NLLB Team 2022, section 6.2 and
+    Fields have the names of Hugging Face's `NllbMoeConfig`, so its `config.json` loads unchanged. The defaults are
+    that class's, too, except two that follow the training of the released 54B model (NLLB Team 2022, section 6.2 and
     appendix F.2): `expert_capacity` (None: `2 * ceil(T / E)`) and `router_aux_loss_coef` (0.01).
 
     The defaults of the router and the experts, from `num_experts` to `router_aux_loss_coef`, and the sparse steps are
-    those of the released model. Its other numbers are not: it has `d_model` 2048, 24 layers on each side and a
-    `vocab_size` of 256,206, and was trained with `dropout` 0.3 and without LayerDrop. `from_hf` reads what it has.
+    those of the released model. The other defaults are not: the released model has `d_model` 2048, 24 layers on each
+    side and a `vocab_size` of 256,206, and was trained with `dropout` 0.3 and without LayerDrop. `from_hf` reads its
+    numbers from its `config.json`.
 
     Fields that training reads:
-        router_aux_loss_coef: weight of the load balancing loss; without effect in a dense model.
-        router_z_loss_coef: weight of the router z-loss; without effect in a dense model.
+        router_aux_loss_coef: weight of the load balancing loss; has no effect in a dense model.
+        router_z_loss_coef: weight of the router z-loss; has no effect in a dense model.
 
     Fields that Hugging Face does not have:
         expert_capacity_factor: scales the training capacity `2 * ceil(T / E)`; 1.0 is the published setting.
-        sample_in_eval: let `second_expert_policy` act in eval too; otherwise eval always uses "all".
-        elementwise_token_dropout: reproduce the reference's expert output masking, which drops single elements
-            and rescales the rest (semantics differ from fairseq; only for comparisons).
-        activation_dropout_on_residual: reproduce the reference, whose feed-forward residual uses
+        sample_in_eval: apply `second_expert_policy` in eval, too; otherwise eval always uses "all".
+        elementwise_token_dropout: reproduce the expert output masking of `transformers`, which drops single elements
+            and rescales the rest (unlike fairseq; only for comparisons).
+        activation_dropout_on_residual: reproduce `transformers`, whose feed-forward residual uses
             `activation_dropout` where the dense model uses `dropout`; only for comparisons.
         gradient_checkpointing: recompute each layer in backward instead of keeping its activations.
 
     Raises:
-        ValueError: a field of another type or out of its range; the message names the field and its rule. Whether
-            heads divide `d_model` is checked where an attention is built, so that a router needs no heads.
+        ValueError: a field has the wrong type or is out of range; the message names the field and its rule. Only
+            attention checks that its heads divide `d_model`, so that a router needs no heads.
     """
 
     vocab_size: int = 128112
@@ -104,7 +105,7 @@ class MoEConfig:
         for field in fields(self):
             kind, value = str(field.type), getattr(self, field.name)
             if kind in _KINDS:
-                # bool is an int to Python.
+                # In Python, bool is a subclass of int.
                 fits = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
                 self._require(fits, field.name, f"be of type {kind}")
             if isinstance(value, float):
@@ -158,11 +159,11 @@ class MoEConfig:
         Args:
             source: its dictionary (`config.to_dict()`), its `config.json`, or the directory that holds one.
 
-        Fields that the architecture does not use (`transformers_version`, `torch_dtype`, ...) are ignored.
+        Fields that `MoEConfig` does not have (`transformers_version`, `torch_dtype`, ...) are ignored.
 
         Raises:
-            FileNotFoundError: no `config.json` there.
-            ValueError: not a JSON object, another architecture, or a value out of range.
+            FileNotFoundError: there is no `config.json`.
+            ValueError: the file holds no JSON object, another architecture, or a value out of range.
         """
         values = source if isinstance(source, Mapping) else _read_config_file(Path(source))
         model_type = values.get("model_type", "nllb-moe")
@@ -174,7 +175,7 @@ class MoEConfig:
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def is_sparse(self, layer: int, sparse_step: int) -> bool:
-        """Whether the 0-based `layer` has experts: every `sparse_step`-th does, none when the step is 0 or less."""
+        """Whether the 0-based `layer` has experts: every `sparse_step`-th one does; none if the step is 0 or less."""
         return sparse_step > 0 and (layer + 1) % sparse_step == 0
 
 
@@ -186,7 +187,7 @@ def _read_config_file(path: Path) -> Mapping[str, Any]:
             f"no configuration at {path}: pass a config.json or the directory that holds it"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark, or without one
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):

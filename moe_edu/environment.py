@@ -1,4 +1,4 @@
-"""What `moe-edu env` prints: the facts that a report of a fault needs."""
+"""What `moe-edu env` prints: the facts that a bug report needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRAS = ("lessons", "lab", "site", "test")
 
 
 def describe_environment() -> str:
-    """A line for each fact, its name first."""
+    """One line per fact, beginning with its name."""
     machine, device = this_machine(), resolve_device()
     memory = "unknown" if machine.memory_gb is None else f"{machine.memory_gb:.1f} GB"
     why_not = why_not_compiled(torch.float32)

@@ -1,6 +1,6 @@
-"""Do two models of the same weights compute the same? Outputs, every gradient, generated ids.
+"""Do two models with the same weights compute the same? Compares outputs, every gradient, and generated ids.
 
-The strictest mode is training: capacity drops choices there. Both models draw the same random numbers.
+The strictest mode is training, in which capacity drops choices. Both models draw the same random numbers.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ GRADIENT_TOLERANCE = 2e-4
 
 
 class Parity(NamedTuple):
-    """How far two models are apart.
+    """How far two models differ.
 
     Attributes:
-        output: largest difference of a logit, over the largest logit.
-        gradient: largest difference of a gradient's element, over that tensor's largest; the worst tensor counts.
+        output: largest difference of a logit, divided by the largest logit.
+        gradient: largest difference of an element of a gradient tensor, divided by the tensor's largest element; the
+            worst tensor counts.
         same_ids: whether both generate the same ids.
     """
 
@@ -37,7 +38,7 @@ class Parity(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether all three are within rounding of fp32."""
+        """Whether both differences are within fp32 rounding and the ids are the same."""
         return self.output <= OUTPUT_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE and self.same_ids
 
 
@@ -50,7 +51,7 @@ def compare_models(
     *,
     max_new_tokens: int = 24,
 ) -> Parity:
-    """Compare in training mode on one batch, then what both generate; each is left in the mode it had.
+    """Compare both models in training mode on one batch, then what they generate; each is left in the mode it had.
 
     Args:
         source_ids: `[B, S]`, padded where `source_mask [B, S]` is 0.
@@ -58,7 +59,7 @@ def compare_models(
     """
     logits, grads, ids = _run(model, source_ids, source_mask, decoder_ids, max_new_tokens)
     other_logits, other_grads, other_ids = _run(other, source_ids, source_mask, decoder_ids, max_new_tokens)
-    # Some gradients, as that of a key's bias, are zero but for rounding: measured against the largest of all.
+    # Some gradients, such as that of a key's bias, are zero except for rounding: the largest of all is their scale.
     floor = 1e-3 * max(float(grad.abs().max()) for grad in grads.values())
     return Parity(
         relative_difference(other_logits, logits),
@@ -73,7 +74,7 @@ def slow_reference(model: MoETranslator) -> MoETranslator:
 
 
 def _mix_by_loops(hidden: Tensor, routing: RouterOutput, experts: Experts, mask: Mask) -> Tensor:
-    # The masking of expert outputs is drawn as in the fast path, on the gates.
+    # Expert output masking is drawn on the gates, as in the fast code.
     _, gates = mask(hidden, routing.combine_weights)
     return loop_sparse_mlp(hidden, replace(routing, combine_weights=gates), experts)
 
@@ -81,10 +82,10 @@ def _mix_by_loops(hidden: Tensor, routing: RouterOutput, experts: Experts, mask:
 def relative_difference(
     actual: Tensor, expected: Tensor, floor: float = torch.finfo(torch.float32).tiny, order: float = math.inf
 ) -> float:
-    """Norm of `actual - expected` over the norm of `expected`, which counts as `floor` where it is smaller.
+    """The norm of `actual - expected`, divided by the larger of the norm of `expected` and `floor`.
 
     Args:
-        order: of the vector norm; infinity compares the largest numbers, 2 the lengths.
+        order: order of the vector norm; infinity compares the largest elements, 2 the Euclidean lengths.
     """
     if not expected.numel():
         return 0.0
@@ -100,7 +101,7 @@ def _run(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         logits = model.train()(source_ids, source_mask, decoder_ids).logits
-    # Any scalar whose gradient reaches every weight: the mean log-probability of the tokens that were given.
+    # Any scalar whose gradient reaches every weight will do: here the mean log-probability of the given tokens.
     loss = logits.log_softmax(dim=-1).gather(-1, decoder_ids[..., None]).mean()
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -1,14 +1,14 @@
-"""The capstone: what a learner wrote in lessons 02 to 05, at work inside the real model.
+"""The capstone: the functions that a learner wrote in lessons 02 to 05, at work inside the real model.
 
-`Pieces` holds the learner's functions, and ours where one is missing. `assemble(model, pieces)` gives a model of the
-same weights whose sparse layers run them; `train(..., pieces=pieces)` trains with them.
+`Pieces` holds the learner's functions, and ours where one is missing. `assemble(model, pieces)` returns a model with
+the same weights whose sparse layers run them; `train(..., pieces=pieces)` trains with them.
 
     pieces = Pieces(top2_choices=top2_choices, router_z=router_z)
     print(pieces.report())
     mine = assemble(load_pretrained().model, pieces)
 
 Shapes: T tokens, E experts, K = 2 choices a token, D model width, R kept choices.
-Padding is no piece's business: pads choose nobody and take no slot, so pieces that count get the real tokens alone.
+Pieces need not handle padding: padding chooses no expert and takes no slot, so pieces that count see real tokens only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOLERANCE = 1e-4
 
 
 class PieceError(ValueError):
-    """A learner's piece fails or computes something else than ours; the message says which and what."""
+    """A learner's piece fails or computes something other than ours; the message says which piece and how."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Pieces:
         keep_and_weigh: lesson 03; `probs`, `expert_index`, `position`, `capacity` to `kept [T, 2]` bool and
             `gates [T, 2]`, normalised over the kept choices.
         dispatch: lesson 04; `hidden [T, D]`, `expert_index`, `kept`, `num_experts` to `rows [R, D]` sorted by expert,
-            `order [R]` (the flat choice `2 * t + k` behind each row) and `counts [E]`.
+            `order [R]` (the flat choice `2 * t + k` of each row) and `counts [E]`.
         combine: lesson 04; `outputs [R, D]`, `order`, `gates` to `[T, D]`.
         balancing_loss: lesson 05; `probs`, `expert_index` to a scalar.
         router_z: lesson 05; `logits` to a scalar.
@@ -78,17 +78,17 @@ class Pieces:
         return self.given().get(name, OURS[name])
 
     def report(self) -> str:
-        """Whose each part is, one a line."""
+        """Whose function each part is, one part per line."""
         given = self.given()
         lines = [f"{'✓ yours' if name in given else '  ours '}  {name}" for name in OURS]
         return "\n".join([*lines, f"{len(given)} of {len(OURS)} parts are yours."])
 
     def assemble(self, model: Model) -> Model:
-        """As the function `assemble`, with these pieces."""
+        """Like the function `assemble`, with these pieces."""
         return assemble(model, self)
 
     def collect_metrics(self, routing: Iterable[RouterOutput | None]) -> tuple[ExpertMetrics, ...]:
-        """As `moe_edu.collect_metrics`, with these pieces for the two losses."""
+        """Like `moe_edu.collect_metrics`, with these pieces for the two losses."""
         return tuple(self._measure(layer) for layer in routing if layer is not None)
 
     def _measure(self, layer: RouterOutput) -> ExpertMetrics:
@@ -100,11 +100,11 @@ class Pieces:
 
 
 def assemble(model: Model, pieces: Pieces) -> Model:
-    """A copy of `model` whose sparse layers run `pieces`; the copy's weights are its own and have the same values.
+    """A copy of `model`, its weights included, whose sparse layers run `pieces`.
 
     Raises:
-        PieceError: a piece does something else than ours on random inputs (see `check_pieces`).
-        ValueError: the model's configuration asks for what the pieces do not cover.
+        PieceError: on random inputs, a piece computes something other than ours (see `check_pieces`).
+        ValueError: the pieces do not cover the model's configuration.
     """
     check_pieces(pieces)
     for module in model.modules():
@@ -116,7 +116,7 @@ def assemble(model: Model, pieces: Pieces) -> Model:
 def gate(
     pieces: Pieces, logits: Tensor, *, capacity: int, padding: Tensor | None, **covered: Any
 ) -> RouterOutput:
-    """`top2_gating` with `pieces`; `covered` holds the options whose values `check_covered` has seen."""
+    """`top2_gating` with `pieces`; `covered` takes the options whose values `check_covered` has checked."""
     T, E = logits.shape
     probs, expert_index = pieces.get("top2_choices")(logits)
     real = real_tokens(T, padding, logits.device)
@@ -150,7 +150,7 @@ def check_covered(config: MoEConfig) -> None:
     """Refuse a configuration whose routing the pieces do not cover.
 
     Raises:
-        ValueError: names the field and the value that it may have.
+        ValueError: the pieces do not cover a field; the message names it and the value that it must have.
     """
     covered = {
         "second_expert_policy": "all",
@@ -163,22 +163,22 @@ def check_covered(config: MoEConfig) -> None:
                 f"the pieces cover {name}={value!r} only; this model has {getattr(config, name)!r}"
             )
     if config.num_experts < 2:
-        raise ValueError("the pieces choose two experts a token; this model has only one")
+        raise ValueError("the pieces choose two experts per token; this model has only one")
 
 
 def real_tokens(num_tokens: int, padding: Tensor | None, device: torch.device) -> Tensor:
-    """The places of the tokens that are not padding, int64."""
+    """The indices of the tokens that are not padding, int64."""
     if padding is None:
         return torch.arange(num_tokens, device=device)
     return (~padding).nonzero().squeeze(1)
 
 
 def spread(values: Tensor, real: Tensor, num_tokens: int, fill: float) -> Tensor:
-    """`values [len(real), ...]` at their places among `num_tokens`, `fill` elsewhere."""
+    """Put `values [len(real), ...]` at the indices `real` among `num_tokens`, and `fill` elsewhere."""
     return values.new_full((num_tokens, *values.shape[1:]), fill).index_copy(0, real, values)
 
 
-# ---- ours, in the same form
+# ---- our own pieces, in the same form
 
 
 def _top2_choices(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,10 +224,10 @@ OURS: Mapping[str, Piece] = {
 
 
 def check_pieces(pieces: Pieces, seed: int = 0) -> None:
-    """Hold each of the learner's pieces against ours on random inputs: results, gradients, inputs left as they were.
+    """Compare each of the learner's pieces with ours on random inputs: results, gradients, and inputs left unchanged.
 
     Raises:
-        PieceError: the first piece that differs, and how.
+        PieceError: a piece differs; the message names the first that does, and how.
     """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(TRIALS):
@@ -237,7 +237,7 @@ def check_pieces(pieces: Pieces, seed: int = 0) -> None:
 
 
 def _draw_arguments(generator: torch.Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The arguments of every piece for one random batch of tokens; some experts are empty, some choices dropped."""
+    """Every piece's arguments for one random batch of tokens; experts may be empty, and choices may be dropped."""
     T, E, capacity = (int(torch.randint(low, 9, (), generator=generator)) for low in (1, 2, 0))
     logits = 2 * torch.randn(T, E, generator=generator)
     hidden = torch.randn(T, 3, generator=generator)
@@ -308,12 +308,12 @@ def _check_gradients(
 
 
 def _gradients(inputs: tuple[Any, ...], results: tuple[Any, ...]) -> list[Tensor]:
-    """Of a fixed mix of the results, for each floating input; zeros where nothing flows."""
+    """The gradient of a fixed mix of the results for each floating-point input; zeros where none flows."""
     leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
     flowing = [result for result in results if result.requires_grad]
     if not flowing:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    # Uneven weights: the sum of a softmax would have no gradient at all.
+    # The weights of the mix are uneven, since the plain sum of a softmax would have no gradient at all.
     mix = sum((result * torch.arange(1.0, result.numel() + 1).view(result.shape)).sum() for result in flowing)
     assert isinstance(mix, Tensor)
     grads = torch.autograd.grad(mix, leaves, allow_unused=True)
@@ -321,7 +321,7 @@ def _gradients(inputs: tuple[Any, ...], results: tuple[Any, ...]) -> list[Tensor
 
 
 def _by_expert_and_token(results: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Rows in our order, where the learner's are sorted by expert but otherwise by choice or in reverse."""
+    """Rows in our order, if the learner's are sorted by expert, but within each expert by choice or in reverse."""
     rows, order, counts = results
     _, expert_index, kept, num_experts = arguments
     flat = expert_index.where(kept, num_experts).flatten()
@@ -336,7 +336,7 @@ def _by_expert_and_token(results: tuple[Any, ...], arguments: tuple[Any, ...]) -
 
 
 def _leaves(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments of their own, with gradients for what has any."""
+    """Copies of the arguments, with gradients for floating-point tensors."""
     return tuple(
         value.detach().clone().requires_grad_(value.is_floating_point())
         if isinstance(value, Tensor)

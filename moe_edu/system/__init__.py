@@ -1,1 +1,1 @@
-"""The machine, its browser and its JupyterLab; what is installed and what is missing."""
+"""The machine, its browser and its JupyterLab; which packages are installed and which are missing."""

@@ -1,4 +1,4 @@
-"""The system's Chromium through Playwright, for pictures, benchmarks and tests; never a browser that is downloaded."""
+"""The system's Chromium through Playwright, for pictures, benchmarks and tests; no browser is ever downloaded."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def open_browser() -> Iterator[Any]:
         from playwright.sync_api import sync_playwright
     except ImportError as error:
         raise RuntimeError(
-            "Playwright is missing, which moves the browser: `pip install playwright`"
+            "Playwright, which controls the browser, is missing: run `pip install playwright`"
         ) from error
 
-    # Root, as in containers, has to do without the sandbox.
+    # Chromium refuses its sandbox to root, the usual user in containers.
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
     flags = [*_FLAGS, "--no-sandbox"] if is_root else [*_FLAGS]
     with sync_playwright() as playwright:

@@ -1,4 +1,4 @@
-"""A Jupyter server apart from the user's own: its settings, data and kernels lie in a folder that is thrown away."""
+"""A Jupyter server isolated from the user's own: its settings, data and kernels are in a temporary folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PLACES = {
 
 
 class Served(NamedTuple):
-    """Where a server answers, and the token that opens it."""
+    """A server's address, and the token that gives access to it."""
 
     address: str
     token: str
@@ -34,22 +34,22 @@ class Served(NamedTuple):
 def serve_apart(
     command: Sequence[str], home: Path, folder: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[Served]:
-    """Start a Jupyter server on `folder`; ended, with its kernels, afterwards.
+    """Start a Jupyter server on `folder`; it and its kernels end with the context.
 
     Args:
-        command: what starts it, such as `lab_command()`.
-        home: where its settings and its log lie.
-        folder: the notebooks that it shows.
-        environment: variables to set besides.
+        command: the command that starts it, such as `lab_command()`.
+        home: the folder for its settings and its log.
+        folder: the notebooks that it serves.
+        environment: further environment variables.
 
     Raises:
-        RuntimeError: the server did not start; with what it printed.
+        RuntimeError: the server did not start; the message holds what it printed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    # Commands of the page itself run cells and change the theme.
+    # Exposes the page's own commands, which callers use to run cells and to change the theme.
     arguments = ["--no-browser", "--allow-root", "--expose-app-in-browser", f"--port={port}"]
     arguments += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
     arguments += [f"--IdentityProvider.token={token}"]

@@ -1,4 +1,4 @@
-"""JupyterLab as `moe-edu lab` starts it: a server that imports nothing else of this package, and so no PyTorch."""
+"""JupyterLab as `moe-edu lab` starts it: the server imports nothing else from this package, so it loads no PyTorch."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def lab_command() -> list[str]:
-    """The command that starts it, arguments to follow."""
+    """The command that starts it; append arguments as needed."""
     return [sys.executable, str(Path(__file__).parent / "prompt_lab.py")]

@@ -1,4 +1,4 @@
-"""Where the lessons are: in a clone of the project, or in the installed package, from which a reader gets a copy."""
+"""Where the lessons are: in a clone of the project, or in the installed package, from which readers get a copy."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 FIRST_LESSON = "00_start_here.ipynb"
-COPY = "moe_edu_lessons"  # the folder of a reader's own copy, unless they name another
+COPY = "moe_edu_lessons"  # the default folder of a reader's own copy
 _PACKAGE = Path(__file__).parents[1]
 
 
 def find_clone() -> Path | None:
-    """The lessons of the clone that this package runs from, or of one in the current folder; None without a clone."""
+    """The lessons folder of the clone that this package runs from, or of one in the current folder; else None."""
     for root in (_PACKAGE.parent, Path.cwd()):
         if (root / "notebooks" / FIRST_LESSON).is_file():
             return root / "notebooks"
@@ -19,13 +19,13 @@ def find_clone() -> Path | None:
 
 
 def copy_lessons(target: Path) -> tuple[int, int]:
-    """Copy the lessons and their pictures to `target`, and replace no file that is there.
+    """Copy the lessons and their pictures to `target`; existing files are not replaced.
 
     Returns:
         How many files were copied, and how many were there already.
 
     Raises:
-        FileNotFoundError: neither a clone nor an installed package, so that there are no lessons to copy.
+        FileNotFoundError: there are no lessons to copy, neither in a clone nor in the installed package.
         OSError: `target` cannot be written.
     """
     source = next((path for path in (_PACKAGE / "notebooks", find_clone()) if path and path.is_dir()), None)

@@ -1,7 +1,7 @@
-"""JupyterLab whose kernels' answers reach the page at once: `python moe_edu/system/prompt_lab.py`, as a file.
+"""JupyterLab whose kernels' answers reach the page at once; run as a file: `python moe_edu/system/prompt_lab.py`.
 
-A kernel answers a moved widget with several small messages. As Jupyter opens its sockets, each waits until the page
-has acknowledged the one before, which Linux does after 40 ms; here none waits.
+A kernel answers a moved widget with several small messages. With Jupyter's own sockets, each message waits until the
+page has acknowledged the one before, which Linux does after 40 ms; here none waits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jupyterlab.labapp import main
 
 
 class PromptConnection(ZMQChannelsWebsocketConnection):
-    """Between a page and a kernel; sends each message when it comes."""
+    """Connects a page and a kernel, and sends each message without delay."""
 
     def connect(self) -> Any:
         self.websocket_handler.set_nodelay(True)

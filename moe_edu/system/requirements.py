@@ -1,6 +1,7 @@
-"""What the package needs and this Python lacks, in one line that says how to fix it.
+"""Packages that moe_edu needs and this Python lacks, in one line that says how to fix it.
 
-On Colab and Kaggle the package is installed without its dependencies, so that theirs stay: nothing else checks them.
+On Colab and Kaggle, moe_edu is installed without its dependencies, so that the ones there stay: only this file checks
+them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ PACKAGE = "moe-edu"
 
 
 class Lack(NamedTuple):
-    """A package that is not there (`found` is None) or older than `needed`."""
+    """A package that is missing (`found` is None) or older than `needed`."""
 
     name: str
     needed: str
@@ -23,19 +24,19 @@ class Lack(NamedTuple):
 
 
 class MissingRequirementError(ImportError):
-    """Packages are missing; notebooks show its message alone, without the way through our imports."""
+    """Packages are missing; notebooks show only its message, without a traceback through our imports."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
 
 
 def requirements_of(extra: str = "", package: str = PACKAGE) -> list[str]:
-    """What `package` needs, like "torch>=2.10"; none where it runs without being installed.
+    """The requirements of `package`, like "torch>=2.10"; none if it is not installed.
 
     Args:
-        extra: one of its extras, for what that adds, the extras that it is made of included; "" for what is always
-            needed.
-        package: an installed package.
+        extra: one of its extras, for what that extra adds, including the extras that it contains; "" for what is
+            always needed.
+        package: name of the package.
     """
     try:
         declared = requires(package) or ()
@@ -55,8 +56,8 @@ def find_lacks(requirements: Iterable[str], installed: Callable[[str], str] = ve
     """The requirements that are not met.
 
     Args:
-        requirements: like "torch>=2.10"; of "transformers==4.57.6" anything newer will do, too.
-        installed: gives a package's version, or raises PackageNotFoundError.
+        requirements: like "torch>=2.10"; "transformers==4.57.6" also accepts anything newer.
+        installed: returns a package's version, or raises PackageNotFoundError.
     """
     lacks = []
     for requirement in requirements:
@@ -72,31 +73,31 @@ def find_lacks(requirements: Iterable[str], installed: Callable[[str], str] = ve
 
 
 def find_missing(extra: str = "") -> list[str]:
-    """Names of the packages that are not there, of those always needed or of those that `extra` adds."""
+    """Names of the missing packages among those that `extra` adds, or among those always needed."""
     return [lack.name for lack in find_lacks(requirements_of(extra)) if lack.found is None]
 
 
 def explain_missing(*others: str) -> str | None:
-    """For the command line: which of the lessons' packages and of `others` are not there, and how to install them.
+    """For the command line: which of the lessons' packages and of `others` are missing, and how to install them.
 
     Returns:
-        None where all are there.
+        None if nothing is missing.
     """
     missing = find_missing("lessons") + [name for name in others if find_spec(name) is None]
     return f'not installed: {", ".join(missing)}. Run `pip install "{PACKAGE}[lab]"`' if missing else None
 
 
 def describe_missing(names: Iterable[str]) -> str:
-    """For notebooks: one line on packages that are not there."""
+    """For notebooks: one line on missing packages."""
     packages = " ".join(names)
     return f"not installed: {packages}. Run %pip install {packages} in a cell, then run this cell again."
 
 
 def require_all() -> None:
-    """Name at once all that the lessons' imports would stumble over one by one.
+    """Report all missing packages at once, before the lessons' imports fail on them one by one.
 
     Raises:
-        MissingRequirementError: names every missing package, and the command that installs them.
+        MissingRequirementError: packages are missing; the message names each, and the command that installs them.
     """
     missing = find_missing() + find_missing("lessons")
     if missing:

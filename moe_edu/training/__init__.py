@@ -1,1 +1,1 @@
-"""Training a translator: settings, shards, the loop, a run's folder, evaluation."""
+"""Training a translator: settings, shards, the training loop, a run and its folder, evaluation."""

@@ -1,4 +1,4 @@
-"""How good translations are: chrF++ and exact match, over all sentences and by language and kind."""
+"""How good translations are: chrF++ and exact match, for all sentences and by language and kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sacrebleu.metrics import CHRF
 from moe_edu.data import Corpus, SentencePair
 from moe_edu.model.pretrained import TextTranslator
 
-# So long may a translation be at least, however short its reference: what goes on for longer is wrong in any case.
+# A translation may always have this many tokens, however short its reference; a longer one is wrong in any case.
 _FEWEST_TOKENS = 96
 _BATCH_SIZE = 256
 
@@ -65,9 +65,9 @@ def sample_examples(
     seed: int = 0,
     sources: Sequence[str] | None = None,
 ) -> list[SentencePair]:
-    """The pairs of `split` from one of `sources` (default: all languages) into another one of `targets`.
+    """The pairs of `split` from one of `sources` (default: all languages) into a different one of `targets`.
 
-    All of them, or `count` drawn at random.
+    Returns all of them, or `count` drawn at random.
     """
     examples = corpus.sentence_pairs(split, sources, targets)
     if count is None or count >= len(examples):

@@ -1,7 +1,7 @@
-"""Training a translator: the schedule, the data of a run, and the loop over its steps.
+"""Training a translator: the schedule, a run's data, and the loop over its steps.
 
-A run is deterministic for its seed and thread count, on one process or several, and one that was killed resumes to the
-same weights: the state on disk holds the weights, the optimizer and the step, from which data and dropout follow.
+A run is deterministic for a given seed and thread count, in one process or several. A killed run resumes and ends with
+the same weights: the state on disk holds the weights, the optimizer and the step, which determines data and dropout.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ OnRecord = Callable[[Record, TextTranslator], None]
 
 
 class Pieces(Protocol):
-    """Parts of the model and of its losses that the caller brings, to train with in the place of ours."""
+    """The caller's own parts of the model and of its losses, which replace ours in training."""
 
     def assemble(self, model: MoETranslator, /) -> MoETranslator:
-        """A model of the same weights that runs them."""
+        """A model with the same weights that runs these parts."""
 
     def collect_metrics(self, routing: Iterable[RouterOutput | None], /) -> tuple[ExpertMetrics, ...]:
-        """As `moe_edu.collect_metrics`, with the caller's router losses."""
+        """Like `moe_edu.collect_metrics`, with the caller's router losses."""
 
 
 @dataclass(frozen=True)
@@ -77,40 +77,41 @@ def train(
     """Train a translator on `corpus` and test it on the held-out split.
 
     Args:
-        corpus: the shipped one (`load_corpus()`) or the reader's own.
+        corpus: the one that ships (`load_corpus()`) or your own.
         settings: None for the defaults.
         model_fields: `MoEConfig` fields that override `small_config`'s.
         pieces: the caller's own parts, such as `moe_edu.exercises.capstone.Pieces`; they run in one process.
-        out: where to leave the model, tokenizer, log, state and `result.json`; None keeps everything in memory.
-        resume: go on from the state in `out`.
-        processes: 1, or as many as the batch has shards, on the CPU; None is the latter where there are so many cores.
-            The weights are the same either way where each computes on as many threads, else to rounding.
-            `torch.get_num_threads()` threads are divided among them.
-        on_record: called after each log line with the line and the translator, for live plots.
+        out: folder for the model, tokenizer, log, state and `result.json`; None keeps everything in memory.
+        resume: continue from the state in `out`.
+        processes: 1, or on the CPU the number of shards per batch; None means the latter if there are that many cores.
+            The weights are the same either way if each process uses the same number of threads, else up to rounding.
+            `torch.get_num_threads()` threads are divided among the processes.
+        on_record: called with each log line and the translator, for live plots.
         show_progress: draw a progress bar.
         checkpoint_every: steps between saved states; only with `out`.
         test_sentences: how many test sentences to translate at the end; None for all, 0 for none.
-        store_dtype: precision of the model that is left in `out`.
+        store_dtype: precision of the model saved in `out`.
 
     Raises:
-        TrainingDivergedError: the loss became NaN or infinite; says at which step, on what, and what to try.
-        CheckpointError: nothing to resume, or damaged files.
-        ValueError: settings that do not fit the corpus, or differ from those of the run to resume.
+        TrainingDivergedError: the loss became NaN or infinite; the message says at which step, on which batch, and
+            what to try.
+        CheckpointError: there is nothing to resume, or files are damaged.
+        ValueError: settings do not fit the corpus, or differ from those of the run to resume.
     """
     settings = settings or TrainingSettings()
     directory = prepare_directory(out, resume)
     device = resolve_device(settings.device)
     data = prepare_data(corpus, settings, model_fields or {}, test_sentences)
-    # The caller's random state is none of our business, and ours must depend on the seed alone.
+    # Weights must depend on the seed alone, and the caller's random state stays as it was.
     with seeded(settings.seed, device):
         model = MoETranslator(data.config).to(device)
     measure: CollectMetrics = collect_metrics
     if pieces is not None:
-        # The caller's functions cannot be sent to another process.
+        # A process cannot send the caller's functions to another.
         model, measure, processes = pieces.assemble(model), pieces.collect_metrics, 1
     with start_workers(model, settings, processes) as workers:
         trainer = Trainer(model, settings, workers, measure)
-        # Validation and the test are translated by all processes.
+        # All processes share the translating for validation and the test.
         translator = TextTranslator(
             model,
             data.tokenizer,
@@ -137,7 +138,7 @@ _BAR = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class TrainingData(NamedTuple):
-    """What a run reads: tokenizer, languages to write, configuration, batches, held-out sentences."""
+    """A run's data: tokenizer, target languages, configuration, batches, held-out sentences."""
 
     tokenizer: Tokenizer
     targets: tuple[str, ...]
@@ -150,7 +151,7 @@ class TrainingData(NamedTuple):
 def prepare_data(
     corpus: Corpus, settings: TrainingSettings, model_fields: Mapping[str, Any], test_sentences: int | None
 ) -> TrainingData:
-    """Learn the tokenizer from the settings' languages of `corpus`; arguments and errors as `train`."""
+    """Learn the tokenizer and prepare batches from the settings' languages; arguments and errors as in `train`."""
     languages = tuple(dict.fromkeys(settings.languages or corpus.languages))
     sources = tuple(dict.fromkeys(settings.sources or languages))
     targets = tuple(dict.fromkeys(settings.targets or languages))
@@ -179,7 +180,7 @@ def prepare_data(
 def _fitting(
     examples: list[SentencePair], split: str, tokenizer: Tokenizer, config: MoEConfig
 ) -> list[SentencePair]:
-    """Those that the model has positions for, as in training; says how many it has not."""
+    """The examples that the model has positions for, as in training; warns how many are left out."""
     lengths = (
         map(len, tokenizer.encode_pieces([getattr(example, side) for example in examples]))
         for side in ("source", "target")
@@ -189,7 +190,7 @@ def _fitting(
     if len(kept) < len(examples):
         warnings.warn(
             f"{len(examples) - len(kept)} of {len(examples)} {split} pairs have more than {limit} tokens and are left "
-            "out, as such pairs are in training: raise max_position_embeddings to read them",
+            "out, as such pairs are in training: raise max_position_embeddings to include them",
             stacklevel=3,
         )
     return kept
@@ -198,9 +199,9 @@ def _fitting(
 def run_steps(
     run: Run, batches: PairBatches, valid: Sequence[SentencePair], checkpoint_every: int
 ) -> Iterator[Record]:
-    """Train to the end of the settings' steps or seconds; yields each log line when it is written.
+    """Train for the settings' steps or seconds, and yield each log line when it is written.
 
-    Errors as `train`.
+    Errors as in `train`.
     """
     trainer, settings = run.trainer, run.trainer.settings
     started = time.perf_counter() - run.seconds
@@ -229,7 +230,7 @@ def run_steps(
 
 
 def make_record(run: Run, result: StepResult, batch: Batch, learning_rate: float) -> Record:
-    """One log line: the loss and its parts, every `experts/...` metric, speed."""
+    """One log line: the loss and its parts, every `experts/...` metric, and the speed."""
     summary = summarize_metrics(result.expert_metrics, result.loss, num_target_tokens=batch.labels.numel())
     values = {
         "loss": result.loss.total,
@@ -255,6 +256,6 @@ def _diverged(error: Exception, run: Run, batch: Batch) -> str:
     state = f"; the last good state is in {run.directory}" if kept else ""
     return (
         f"training diverged at step {run.trainer.steps_done}: {error}{state}. The batch: {batch.describe()}. "
-        f"Begin anew{' in another folder' if kept else ''} with a lower learning_rate, more warmup_steps, or "
+        f"Start again{' in another folder' if kept else ''} with a lower learning_rate, more warmup_steps, or "
         "precision fp32"
     )

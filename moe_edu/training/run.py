@@ -1,4 +1,4 @@
-"""A training run: its folder with the log, the state and the result, in files that are never half-written."""
+"""A training run and its folder: the log, the state and the result, in files that are never half-written."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ Record = dict[str, Any]
 
 
 class Run:
-    """A run of a trainer: how far it is, its log, and the folder where it leaves everything.
+    """A run of a trainer: its progress, its log, and its folder.
 
     The trainer counts the steps; the run adds the clock and the tokens.
 
     Attributes:
-        trainer: what runs.
+        trainer: the trainer that runs.
         translator: the trainer's model with its tokenizer.
         directory: the run's folder; None keeps everything in memory.
-        identity: what a run must have in common with one that it resumes: settings, configuration, corpus.
-        seconds: of training.
-        tokens: real tokens seen, source and target.
-        log: one record for each log line.
+        identity: settings, configuration and corpus; a run can only resume one with the same identity.
+        seconds: training time so far.
+        tokens: real tokens seen so far, source and target.
+        log: one record per log line.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Run:
         corpus_digest: str,
         directory: Path | None = None,
     ) -> None:
-        """Nothing is read or written before `begin` or `resume`."""
+        """Reads and writes no file; `begin` and `resume` do."""
         self.trainer = trainer
         self.translator = translator
         self.directory = directory
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def fraction(self) -> float:
-        """Share of the run that is done, by the clock where `settings.seconds` is set, else by steps."""
+        """Share of the run that is done: of the seconds if `settings.seconds` is set, else of the steps."""
         settings = self.trainer.settings
         if settings.seconds is None:
             return self.trainer.steps_done / settings.steps
@@ -80,11 +80,12 @@ class Run:
             self.log = RunLog(self.directory / LOG_FILE)
 
     def resume(self) -> None:
-        """Bring the trainer, the progress and the log back to where the state in the folder was saved.
+        """Bring the trainer, the progress and the log back to the saved state in the folder.
 
         Raises:
-            CheckpointError: no state there, a damaged one, or one of another model.
-            ValueError: the run there began with other settings or on another corpus; names each field that differs.
+            CheckpointError: there is no state, or it is damaged or belongs to another model.
+            ValueError: the run there began with other settings or another corpus; the message names each field that
+                differs.
         """
         if self.directory is None:
             raise ValueError("a run in memory leaves nothing to resume")
@@ -98,7 +99,7 @@ class Run:
         self.log = RunLog(self.directory / LOG_FILE, self.trainer.steps_done)
 
     def save(self) -> None:
-        """Replace the resumable state in the folder: weights, optimizer moments, progress."""
+        """Replace the saved state in the folder: weights, optimizer moments, progress."""
         if self.directory is None or self.trainer.steps_done == 0:
             return
         trainer = self.trainer
@@ -121,11 +122,11 @@ class Run:
         _publish(scratch, self.directory / STATE_FILE)
 
     def finish(self, test: Sequence[SentencePair], dtype: torch.dtype) -> dict[str, Any]:
-        """Leave the model in the folder, test it, and return what `result.json` then holds.
+        """Save the model in the folder, test it, and return the contents of `result.json`.
 
         Args:
             test: the sentences to translate.
-            dtype: precision of the model that is left.
+            dtype: precision of the saved model.
         """
         self.trainer.model.eval()
         if self.directory is not None:
@@ -160,27 +161,29 @@ class Run:
                     parameter.copy_(tensors[f"model.{name}"])
             optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"the state in {self.directory} is of another model: {error}") from error
+            raise CheckpointError(
+                f"the state in {self.directory} belongs to another model: {error}"
+            ) from error
 
 
 def prepare_directory(out: str | Path | None, resume: bool) -> Path | None:
     """Make the run's folder; refuse to overwrite a run, or to resume without one."""
     if out is None:
         if resume:
-            raise ValueError("resume needs `out`, the folder of the run to go on with")
+            raise ValueError("resume needs `out`, the folder of the run to continue")
         return None
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     if not resume and (directory / STATE_FILE).exists():
-        raise ValueError(f"{directory} holds a run already: resume it (`--resume`), or choose another folder")
+        raise ValueError(f"{directory} already holds a run: resume it (`--resume`), or choose another folder")
     return directory
 
 
 def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse to resume with other settings than the run began with.
+    """Refuse to resume with settings other than those the run began with.
 
     Raises:
-        ValueError: names each field that differs.
+        ValueError: settings differ; the message names each field.
     """
     differences = []
     for part, fields in given.items():
@@ -192,19 +195,19 @@ def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
                 differences.append(f"{name} was {before!r}, is {value!r}")
     if differences:
         raise ValueError(
-            f"the run began with other settings: {'; '.join(differences)}. Go on with those, or begin anew in another "
-            "folder"
+            f"the run began with other settings: {'; '.join(differences)}. Use the settings that it began with, or "
+            "start again in another folder"
         )
 
 
 def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The progress and the tensors of a saved state; errors as `Run.resume`."""
+    """The progress and the tensors of a saved state; errors as in `Run.resume`."""
     path = directory / STATE_FILE
     if not path.is_file():
         raise CheckpointError(f"nothing to resume in {directory}: leave out --resume to start a run there")
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies: what is mapped would hold the file, which Windows then refuses to replace.
+            # Cloned, because a memory-mapped tensor keeps the file open, and Windows then refuses to replace it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return json.loads(file.metadata()["progress"]), tensors
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
@@ -212,7 +215,7 @@ def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 class RunLog:
-    """One JSON object a line, flushed line by line; resuming drops what came after the saved state."""
+    """One JSON object per line, flushed line by line; resuming drops lines from after the saved state."""
 
     def __init__(self, path: Path | None = None, resume_step: int | None = None) -> None:
         """`path` None keeps the log in memory; `resume_step` None starts an empty one."""
@@ -222,7 +225,7 @@ class RunLog:
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:
-                    break  # a line cut short by the kill
+                    break  # a line cut short when the run was killed
                 if record["step"] <= resume_step:
                     kept.append(record)
         self.history: list[dict[str, Any]] = kept
@@ -253,7 +256,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _publish(scratch: Path, path: Path) -> None:
-    """Make `scratch` durable, then give it its name in one step."""
+    """Flush `scratch` to disk, then rename it to `path` in one step."""
     with scratch.open("rb+") as file:
         os.fsync(file.fileno())
     scratch.replace(path)

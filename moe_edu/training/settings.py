@@ -1,4 +1,4 @@
-"""What a training run is asked to do: `TrainingSettings`, and the model that trains in minutes."""
+"""The settings of a training run, `TrainingSettings`, and the model that trains in minutes."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How to train; the model itself, the coefficients of the router losses included, is a `MoEConfig`.
+    """How to train. The model itself, including the coefficients of the router losses, is set by `MoEConfig`.
 
     Attributes:
         steps: optimizer steps. Ignored when `seconds` is set.
         seconds: train for this long instead; the schedule then follows the clock.
-        seed: of weights, data order and dropout.
-        languages: FLORES-200 codes to train on; None for all of the corpus.
+        seed: seed of weights, data order and dropout.
+        languages: FLORES-200 codes to train on; None for all languages of the corpus.
         sources: languages to translate from; None for all of `languages`.
         targets: languages to translate into; None for all of `languages`.
-        batch_tokens: sentence pairs times the tokens of the longest sentence, at most; a batch has about twice
+        batch_tokens: upper limit of sentence pairs times the tokens of the longest sentence; a batch has about twice
             as many tokens, source and target together.
-        shards: parts that each batch is cut into, routed and differentiated apart, on the CPU in a process each where
-            there are so many cores; by default two on the CPU and one on a GPU.
-        und_rate: how often the source tag is replaced by "und", so that the model also learns to do without.
-        vocab_size: of the tokenizer, tags included.
-        learning_rate: at the top of the schedule: linear warm-up, then a cosine to zero.
+        shards: parts that each batch is cut into, which are routed and differentiated separately; on the CPU each has
+            its own process if there are that many cores; by default two on the CPU and one on a GPU.
+        und_rate: share of source tags replaced by "und", so that the model also learns to do without them.
+        vocab_size: size of the tokenizer's vocabulary, tags included.
+        learning_rate: peak of the schedule, which is a linear warm-up, then a cosine to zero.
         warmup_steps: steps of linear warm-up.
-        weight_decay: AdamW's.
-        clip_norm: gradients are scaled down to this norm.
-        label_smoothing: of the cross-entropy.
+        weight_decay: weight decay of AdamW.
+        clip_norm: gradients with a larger norm are scaled down to this one.
+        label_smoothing: label smoothing of the cross-entropy.
         z_loss: weight of the cross-entropy's z term.
         device: "auto" takes a GPU where there is one.
-        precision: "auto" is fp32 on the CPU, and on a GPU bf16 or, where it has none, fp16.
+        precision: "auto" is fp32 on the CPU; on a GPU it is bf16, or fp16 if the GPU has no bf16.
         log_every: steps between log lines.
-        eval_every: steps between looks at the validation split.
-        eval_sentences: validation sentences to translate at each look.
+        eval_every: steps between evaluations on the validation split.
+        eval_sentences: validation sentences to translate at each evaluation.
     """
 
     steps: int = 4000
@@ -82,7 +82,7 @@ class TrainingSettings:
         for name in ("languages", "sources", "targets"):
             if getattr(self, name) == ():
                 raise ValueError(
-                    f"TrainingSettings.{name} names no language: name one, or leave it out for all"
+                    f"TrainingSettings.{name} names no language: name at least one, or leave it out for all"
                 )
         for name in ("seconds", "shards"):
             value = getattr(self, name)
@@ -91,7 +91,7 @@ class TrainingSettings:
 
 
 def small_config(**fields: Any) -> MoEConfig:
-    """The translator that trains in minutes on two CPU cores; `fields` override."""
+    """The translator that trains in minutes on two CPU cores; `fields` override its defaults."""
     defaults: dict[str, Any] = {
         "vocab_size": 3000,
         "max_position_embeddings": 160,

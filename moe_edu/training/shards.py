@@ -1,8 +1,8 @@
-"""The loss of a batch and its gradients, computed shard by shard: what every process of a training run does alike.
+"""The loss of a batch and its gradients, shard by shard: the same work in every process of a training run.
 
-A batch is cut into shards, and its gradient is the mean of theirs, weighted by target tokens. Each shard is routed by
-itself, as each group is in GShard (Lepikhin et al. 2020, section 3.1): it has expert capacity and balancing loss of its
-own. Which process computes a shard changes nothing.
+A batch is cut into shards, and its gradient is the mean of theirs, weighted by target tokens. Each shard is routed on
+its own, like each group in GShard (Lepikhin et al. 2020, section 2.2): it has its own expert capacity and balancing
+loss. The result does not depend on which process computes a shard.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Shard(NamedTuple):
 
 
 class ScaledShard(NamedTuple):
-    """A shard to differentiate, and what to multiply its gradients with: fp16 would round small ones to zero."""
+    """A shard to differentiate, and the factor for its gradients, of which fp16 would round small ones to zero."""
 
     shard: Shard
     loss_scale: float
 
 
 class ShardResult(NamedTuple):
-    """What one shard gave beside its gradients.
+    """What one shard returns in addition to its gradients.
 
     Attributes:
-        loss: its parts.
-        expert_metrics: router statistics, one entry a sparse layer that ran.
+        loss: the loss and its parts.
+        expert_metrics: router statistics, one entry per sparse layer that ran.
         expert_load: share of the first choices that each expert received, `[E]`, by layer ("encoder.1").
     """
 
@@ -57,7 +57,7 @@ class ShardResult(NamedTuple):
 
 
 def cut_shards(batch: Batch, parts: int, seed: int, step: int) -> list[Shard]:
-    """`batch` as at most `parts` shards for the optimizer step `step`; a batch of fewer pairs makes fewer."""
+    """Cut `batch` into `parts` shards for the optimizer step `step`; a batch of fewer pairs gives fewer shards."""
     shards = batch.split(parts)
     tokens = [int(shard.decoder_mask.sum()) for shard in shards]
     seeds = [np.random.SeedSequence((seed, step, i)).generate_state(1)[0] for i in range(len(shards))]
@@ -74,7 +74,7 @@ def add_gradients(
     loss_scale: Tensor | float = 1.0,
     measure: CollectMetrics = collect_metrics,
 ) -> ShardResult:
-    """Add the shard's share of the gradients, times `loss_scale`, to the parameters'. Draws from its own seed alone."""
+    """Add the shard's weighted gradients, times `loss_scale`, to those of the parameters, with the shard's own seed."""
     device = model.shared.weight.device
     dtype = autocast_dtype(settings.precision, device)
     with seeded(shard.seed, device):
@@ -89,13 +89,13 @@ def add_gradients(
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from `seed` alone meanwhile, on the CPU and on `device`; afterwards random states are as they were."""
+    """Inside, random numbers depend on `seed` alone, on the CPU and on `device`; afterwards all states are restored."""
     cuda = device.type == "cuda"
     with (
         torch.random.fork_rng(devices=[device] if cuda else []),
-        torch.cuda.device(device) if cuda else nullcontext(),  # the one that torch.cuda.manual_seed seeds
+        torch.cuda.device(device) if cuda else nullcontext(),  # which torch.cuda.manual_seed seeds
     ):
-        # torch.manual_seed would note the call's traceback for every kind of device, which takes milliseconds.
+        # torch.manual_seed would record the call's traceback for every kind of device, which takes milliseconds.
         torch.default_generator.manual_seed(seed)
         if cuda:
             torch.cuda.manual_seed(seed)
@@ -103,7 +103,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def mean_loss(shards: Sequence[Shard], results: Sequence[ShardResult]) -> MoELoss:
-    """The loss of the whole batch: the shards' by their weight, and the sum of their `weight_sum`."""
+    """The loss of the whole batch: the weighted mean of the shards' losses, and the sum of their `weight_sum`."""
     columns = zip(*(result.loss for result in results), strict=True)
     weights = [shard.weight for shard in shards]
     mean = MoELoss(*(sum_weighted(column, weights) for column in columns))
@@ -132,14 +132,14 @@ def compute_loss(
     config: MoEConfig,
     measure: CollectMetrics = collect_metrics,
 ) -> tuple[MoELoss, tuple[ExpertMetrics, ...]]:
-    """The loss of one batch, per real target token, and what the routers did, as `measure` computes it."""
+    """The loss of one batch per real target token, and the metrics of its routers as `measure` computes them."""
     metrics = measure(output.routing)
     loss = moe_loss(
         output.logits,
         batch.labels,
         batch.decoder_mask,
         expert_metrics=metrics,
-        # Without a layer that routed (a dense model, or LayerDrop took them all) there is nothing to balance.
+        # If no layer routed (a dense model, or LayerDrop skipped every sparse layer), there is nothing to balance.
         router_aux_loss_coef=config.router_aux_loss_coef if metrics else 0.0,
         router_z_loss_coef=config.router_z_loss_coef if metrics else 0.0,
         label_smoothing=settings.label_smoothing,
@@ -161,9 +161,9 @@ def expert_load(output: TranslatorOutput) -> dict[str, Tensor]:
 
 
 def bind_parameters(model: nn.Module, weights: Tensor, gradients: Tensor) -> None:
-    """Make every parameter a view into `weights` and its gradient one into `gradients`, in `model.parameters()` order.
+    """Make every parameter a view of `weights` and its gradient a view of `gradients`, in `model.parameters()` order.
 
-    One long tensor instead of many short ones: the optimizer, the clipping and the exchange between processes then take
+    With one long tensor instead of many short ones, the optimizer, the clipping and the exchange between processes take
     one operation each.
     """
     vector_to_parameters(weights, model.parameters())
@@ -175,7 +175,7 @@ def bind_parameters(model: nn.Module, weights: Tensor, gradients: Tensor) -> Non
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """What autocast computes in; None for plain fp32."""
+    """The dtype that autocast uses; None for plain fp32."""
     if precision == "auto":
         if device.type != "cuda":
             return None

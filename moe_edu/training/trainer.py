@@ -28,17 +28,17 @@ from moe_edu.training.workers import WorkerPool
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient became NaN or infinite; a state that was saved before is still on disk."""
+    """The loss or its gradient became NaN or infinite; an earlier saved state is still on disk."""
 
 
 class StepResult(NamedTuple):
     """One optimizer step.
 
     Attributes:
-        loss: its parts.
-        expert_metrics: router statistics, one entry a sparse layer and shard.
+        loss: the loss and its parts.
+        expert_metrics: router statistics, one entry per sparse layer and shard.
         expert_load: share of the first choices that each expert received, `[E]`, by layer ("encoder.1").
-        gradient_norm: before clipping.
+        gradient_norm: norm of the gradient before clipping.
     """
 
     loss: MoELoss
@@ -50,7 +50,8 @@ class StepResult(NamedTuple):
 class Trainer:
     """A model and its optimizer, one step at a time.
 
-    The model's parameters become views into one long tensor: it has one trainer at a time, and stays on its device.
+    The model's parameters become views of one long tensor: it can have one trainer at a time, and must stay on its
+    device.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Trainer:
         workers: WorkerPool | None = None,
         measure: CollectMetrics = collect_metrics,
     ) -> None:
-        """`measure` gives the router losses; `workers`, if any, have a model and losses of ours."""
+        """`measure` computes the router losses; `workers`, if any, always use our own model and losses."""
         self.model = model
         self.settings = settings
         self.measure = measure
@@ -88,7 +89,7 @@ class Trainer:
         """Forward, backward, clip, update.
 
         Raises:
-            TrainingDivergedError: a loss or, without a loss scale, a gradient that is not finite. The weights are
+            TrainingDivergedError: the loss or, without a loss scale, the gradient is not finite. The weights stay
                 those from before the step.
         """
         if not self.model.training:
@@ -109,7 +110,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = self.gradients.norm()
         self.gradients.mul_((self.settings.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        # With a loss scale an infinite gradient is routine: the scaler skips the step and lowers the scale.
+        # With a loss scale, an infinite gradient is routine: the scaler skips the step and lowers the scale.
         suspects = loss.total if self.scaler.is_enabled() else loss.total + norm
         if not torch.isfinite(suspects):
             raise TrainingDivergedError(
@@ -123,13 +124,13 @@ class Trainer:
         return StepResult(loss, metrics, mean_load(results), norm)
 
     def peak_memory_mb(self) -> float | None:
-        """The largest memory of this process and of the workers so far, in MB; None where the system does not say."""
+        """Peak memory of this process and the workers so far, in MB; None where the system does not report it."""
         own = peak_memory_mb()
         return None if own is None else own + (0.0 if self.workers is None else self.workers.peak_memory_mb())
 
 
 def resolve_shards(settings: TrainingSettings, device: torch.device) -> int:
-    """How many shards a batch is cut into: `settings.shards`, or by the device where that is None."""
+    """How many shards a batch is cut into: `settings.shards`, or the device's default if that is None."""
     if settings.shards is not None:
         return settings.shards
     return 2 if device.type == "cpu" else 1
@@ -138,7 +139,7 @@ def resolve_shards(settings: TrainingSettings, device: torch.device) -> int:
 def start_workers(
     model: MoETranslator, settings: TrainingSettings, processes: int | None
 ) -> AbstractContextManager[WorkerPool | None]:
-    """A worker for each shard but the first; None where this process computes all shards."""
+    """One worker for each shard except the first; None if this process computes all shards."""
     device = model.shared.weight.device
     shards = resolve_shards(settings, device)
     if processes is None:

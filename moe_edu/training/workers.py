@@ -1,11 +1,11 @@
-"""Worker processes: each computes the gradients of its shards, or translates, on weights that all processes share.
+"""Worker processes: each computes its shards' gradients, or translates, with weights that all processes share.
 
     main process      shard 0 | + gradients of the others, clip, AdamW, write the weights | shard 0 of the next batch
     worker            shard 1 |                     waits                                 | shard 1
 
-Weights and gradients lie in one file that every process maps into its memory; shards and results go through pipes.
-Processes instead of threads, because Python runs one thread at a time, and this model's operations are so short that
-threads would wait for each other. A worker ends when its pipe closes, so none outlives the main process.
+Weights and gradients are in one file that every process maps into its memory; shards and results go through pipes.
+These are processes and not threads, because Python runs one thread at a time, and this model's operations are so short
+that threads would wait for each other. A worker ends when its pipe closes, so none outlives the main process.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from moe_edu.system.machine import peak_memory_mb
 from moe_edu.training.settings import TrainingSettings
 from moe_edu.training.shards import ScaledShard, Shard, ShardResult, add_gradients, bind_parameters
 
-# glibc gives freed memory back to the system, and all pages of the next step would be new, until it has seen larger
-# blocks come and go. A worker has had none.
+# Until glibc has freed larger blocks, it returns freed memory to the system, so that every step would need new pages.
+# A worker starts in that state.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 
 
@@ -45,12 +45,12 @@ class Sentences(NamedTuple):
 class WorkerPool:
     """`count` worker processes for `model`, on the CPU; a context manager, which ends them.
 
-    While it is open, this process and each worker use their share of PyTorch's CPU threads.
+    While it is open, PyTorch's CPU threads are divided among this process and the workers.
 
     Attributes:
-        count: the workers, this process left out.
-        weights, gradients: `[parameters]` each, shared memory for the main process's own model. The weights are those
-            of `model` at first, and what is written there is what the workers compute with.
+        count: the number of workers, without this process.
+        weights, gradients: `[parameters]` each, shared memory for the main process's own model. The weights start as
+            those of `model`; the workers compute with whatever is written there.
     """
 
     def __init__(self, count: int, model: MoETranslator, settings: TrainingSettings) -> None:
@@ -66,12 +66,12 @@ class WorkerPool:
         with torch.no_grad():
             self.weights.copy_(parameters_to_vector(model.parameters()))
         self._processes: list[subprocess.Popen[bytes]] = []
-        # The worker must find this package, also where a notebook has put it on the path.
+        # The worker must find this package even if a notebook added it to the path.
         modules = {"PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
         environment = _KEEP_FREED_MEMORY | os.environ | modules
         for index in range(count):
             process = subprocess.Popen(
-                # -P: a file of the user's called like one of Python's own modules is not one of them.
+                # -P: a user's file with the name of a standard module must not replace that module.
                 [sys.executable, "-P", "-m", "moe_edu.training.workers"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -80,7 +80,7 @@ class WorkerPool:
             self._processes.append(process)
             _request(process, (path, size, count, index, model.config, settings, threads))
         for process in self._processes:
-            _receive(process)  # ready: the start is no part of the training time
+            _receive(process)  # wait until it is ready, so that training time does not include the start
 
     def start(self, shards: Sequence[Shard], loss_scale: float = 1.0) -> None:
         """Give each worker one shard; `shards` may be fewer than the workers."""
@@ -96,10 +96,10 @@ class WorkerPool:
         return results
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """As `model.generate`, with the sentences dealt out by length to all processes.
+        """Like `model.generate`, with the sentences dealt by length to all processes.
 
-        The model must be in eval mode and have the weights that are shared. Where sentences compete for the room of
-        the experts, they stay together, in this process, and so they do once the workers have ended.
+        The model must be in eval mode and have the shared weights. If sentences compete for the experts' slots, or once
+        the workers have ended, all sentences stay in this process.
         """
         model = self._model
         competing = model.config.moe_eval_capacity_token_fraction < 1
@@ -117,7 +117,7 @@ class WorkerPool:
         return joined
 
     def peak_memory_mb(self) -> float:
-        """The sum of the workers' peaks, in MB; 0 where the system does not say."""
+        """The sum of the workers' peaks, in MB; 0 where the system does not report them."""
         for process in self._processes:
             _request(process, None)
         return sum(_receive(process) or 0.0 for process in self._processes)
@@ -144,9 +144,10 @@ def map_shared(path: Path, size: int, workers: int) -> tuple[Tensor, ...]:
 
 
 def deal(lengths: Tensor, parts: int) -> list[Tensor]:
-    """The numbers of sentences of `lengths [B]` in at most `parts` parts of about as many tokens, the longest first.
+    """Deal sentences of `lengths [B]` into at most `parts` parts with about equal tokens: their indices, longest first.
 
-    Sentences of like length take as many steps: in a part of their own the short ones do not wait for the long ones.
+    Sentences of similar length take a similar number of steps: grouped by length, short ones need not wait for long
+    ones.
     """
     order = lengths.argsort(descending=True, stable=True)
     before = lengths[order].cumsum(0) - lengths[order]
@@ -155,16 +156,16 @@ def deal(lengths: Tensor, parts: int) -> list[Tensor]:
 
 
 def _trim(input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) -> Sentences:
-    """Without the columns behind the last word."""
+    """The sentences without the columns after the last real token of all."""
     width = 1 + int(attention_mask.any(dim=0).nonzero().max())
     return Sentences(input_ids[:, :width], attention_mask[:, :width], options)
 
 
 def main() -> None:
     """A worker: answer each request until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever Python or a library prints is no reply
+    os.dup2(2, 1)  # what Python or a library prints must not end up among the replies
     path, size, count, index, config, settings, threads = pickle.load(requests)
     torch.set_num_threads(threads)
     model = MoETranslator(config)
@@ -200,9 +201,7 @@ def _request(process: subprocess.Popen[bytes], value: object) -> None:
 def _receive(process: subprocess.Popen[bytes]) -> Any:
     assert process.stdout is not None
     try:
-        return pickle.load(
-            process.stdout
-        )  # from a child of our own, over a pipe that nobody else can write to
+        return pickle.load(process.stdout)  # safe to unpickle: only our own child can write to this pipe
     except EOFError as error:
         raise _ended(process) from error
 
@@ -210,17 +209,17 @@ def _receive(process: subprocess.Popen[bytes]) -> Any:
 def _ended(process: subprocess.Popen[bytes]) -> RuntimeError:
     return RuntimeError(
         f"a worker process ended with status {process.wait()}; its own message went to the standard error. "
-        "Train with processes=1 to see it here"
+        "Train with processes=1 to see that message here"
     )
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors travel as arrays, without their history: to pickle them as tensors takes longer than some layers."""
+    """Pickles tensors as arrays, without their graph: pickling them as tensors takes longer than some layers."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return NotImplemented
-        if value.dtype == torch.bfloat16:  # which NumPy has not
+        if value.dtype == torch.bfloat16:  # NumPy has no bfloat16
             return Tensor.view, (value.detach().view(torch.int16), torch.bfloat16)
         return torch.from_numpy, (value.detach().numpy(),)
 

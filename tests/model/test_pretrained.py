@@ -50,7 +50,7 @@ def test_the_device_is_auto(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 @pytest.mark.parametrize("device", ["cuda", torch.device("cuda", 0)])
 def test_a_gpu_where_there_is_none(device):
-    with pytest.raises(ValueError, match="no NVIDIA GPU that this PyTorch can use: choose device cpu"):
+    with pytest.raises(ValueError, match="this PyTorch finds no NVIDIA GPU: choose device cpu"):
         load_pretrained(device=device)
 
 

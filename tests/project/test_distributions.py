@@ -66,7 +66,7 @@ def test_the_lessons_come_with_the_wheel(core, tmp_path):
     assert re.match(r"\d\d files copied to mine$", first.stdout)
     (tmp_path / "mine" / FIRST_LESSON).write_text("my answers")
     again = core.run("-m", "moe_edu", "lessons", "mine", cwd=tmp_path)
-    assert re.match(r"0 files copied to mine; \d\d were there and stay as they are$", again.stdout)
+    assert re.match(r"0 files copied to mine; \d\d were already there and are unchanged$", again.stdout)
     assert (tmp_path / "mine" / FIRST_LESSON).read_text() == "my answers"
 
 

@@ -254,7 +254,7 @@ class TestResume:
 
     def test_a_run_is_never_overwritten(self, corpus, tmp_path):
         run(corpus, out=tmp_path)
-        with pytest.raises(ValueError, match="holds a run already"):
+        with pytest.raises(ValueError, match="already holds a run"):
             run(corpus, out=tmp_path)
 
     def test_damaged_state(self, corpus, tmp_path):
@@ -286,7 +286,7 @@ class TestDivergence:
         message = str(caught.value)
         assert "diverged at step" in message
         assert f"the last good state is in {tmp_path}" in message
-        assert "Begin anew in another folder with a lower learning_rate" in message
+        assert "Start again in another folder with a lower learning_rate" in message
         assert "fra_Latn" in message or "ell_Grek" in message, "the batch is named"
         _, tensors = read_state(tmp_path)
         assert all(torch.isfinite(tensor).all() for tensor in tensors.values()), "the last good state is kept"
@@ -297,7 +297,7 @@ class TestDivergence:
             run(corpus, settings, out=tmp_path, checkpoint_every=1000)
         assert not (tmp_path / STATE_FILE).exists()
         assert "state" not in str(caught.value)
-        assert "Begin anew with" in str(caught.value)
+        assert "Start again with" in str(caught.value)
 
 
 class TestSchedule:
@@ -345,7 +345,7 @@ class TestDevice:
             resolve_device("cuda")
 
     def test_an_unknown_device_is_said(self):
-        with pytest.raises(ValueError, match="'gpu7' is no device"):
+        with pytest.raises(ValueError, match="'gpu7' is not a device"):
             resolve_device("gpu7")
 
     def test_bf16_on_the_cpu_trains(self, corpus):
