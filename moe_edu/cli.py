@@ -1,4 +1,4 @@
-"""The command line, `moe-edu lab | lessons | train | translate | bench | env`; commands import what they run."""
+"""The command line, `moe-edu lab | lessons | env | train | translate | bench`; each imports its part when it runs."""
 
 from __future__ import annotations
 

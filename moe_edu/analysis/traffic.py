@@ -79,7 +79,7 @@ class Cluster:
 
     @property
     def token_bytes(self) -> int:
-        """The bytes of one token's hidden state: D numbers."""
+        """What one row costs to send, in bytes: a token's hidden state, D numbers."""
         return self.d_model * self.bytes_per_element
 
     @property

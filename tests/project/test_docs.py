@@ -10,6 +10,7 @@ import pytest
 
 import moe_edu
 from moe_edu import MoEConfig
+from moe_edu.cli import main
 from moe_edu.data import load_corpus
 from moe_edu.exercises.registry import all_exercises
 from moe_edu.model.pretrained import SHIPPED
@@ -67,10 +68,21 @@ class TestEveryPage:
         for module in re.findall(r"python -m (moe_edu\.[\w.]+)", read(page)):
             assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
 
-    def test_commands_that_it_names_are_there(self, page):
-        targets = {*re.findall(r"^([a-z]+):", read("Makefile"), re.M), "nightly", "quick", "screenshots"}
-        for command in re.findall(r"`make ([a-z]+)`", read(page)):
-            assert command in targets, command
+    def test_targets_of_make_that_it_names_exist(self, page):
+        targets = re.findall(r"^([a-z]+):", read("Makefile"), re.M)
+        for target in re.findall(r"(?:^|`)make ([a-z]+)", read(page), re.M):
+            assert target in targets, target
+
+    def test_commands_and_options_that_it_names_exist(self, page):
+        text = read(page).replace("\\\n", " ")
+        for line in re.findall(r"(?:^|`)moe-edu ([^`#\n]+)", text, re.M):
+            name, *words = line.split(" -- ")[0].split()
+            command = main.get_command(None, name)
+            if name == "bench" and words:
+                command = command.commands[words[0]]
+            assert command, line
+            options = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
+            assert {word for word in words if word.startswith("--")} <= options | {"--help"}, line
 
 
 class TestReadme:
@@ -174,62 +186,23 @@ class TestBenchmarks:
                 assert re.search(r"commit|date and commit", section)
                 assert "\nmoe-edu bench " in section
 
-    def test_its_commands_and_options_exist(self):
-        from moe_edu.bench.command import bench
 
-        for line in re.findall(r"moe-edu bench [\w -]+", read("docs/benchmarks.md")):
-            name, *words = line.split()[2:]
-            options = {
-                option
-                for parameter in bench.commands[name].params
-                for option in (*parameter.opts, *parameter.secondary_opts)
-            }
-            assert {word for word in words if word.startswith("--")} <= options, line
-
-
-def rooms():
-    """(floor, room, what it holds) of each row of the map."""
-    return [
-        (int(floor), room.removesuffix(".py"), holds)
-        for floor, room, holds in re.findall(
-            r"^\| (\d+) \| `([\w.]+)` \| (.*) \|$", read("CONTRIBUTING.md"), re.M
-        )
-    ]
-
-
-class TestMap:
-    def test_has_every_room_once(self):
-        here = {path.stem for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
-        here |= {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-        assert sorted(room for _, room, _ in rooms()) == sorted(here)
-
-    def test_names_what_is_there(self):
-        for _, room, holds in rooms():
-            for name in re.findall(r"`(\w+\.py)`", holds):
-                assert (PACKAGE / room / name).is_file(), f"{room}/{name}"
-
-    def test_floors_are_those_that_imports_keep(self):
-        floor = load(ROOT / "tests" / "project" / "test_rooms.py").FLOOR
-        assert {room: number for number, room, _ in rooms()}.items() <= {
-            r: f + 1 for r, f in floor.items()
-        }.items()
-
-    def test_changelog_leads_to_modules_that_exist(self):
-        rows = re.findall(r"^\| (`moe_edu\..*) \| (`moe_edu\..*) \|$", read("CHANGELOG.md"), re.M)
-        assert len(rows) >= 14
-        for before, now in rows:
-            names = re.findall(r"`(moe_edu\.)?([\w.]+?)\.?`", now)
-            (_, first), *others = names
-            if "with the same name" in now:
-                room, files = (
-                    first,
-                    [name.split(".")[-1] for _, name in re.findall(r"`(moe_edu\.)?([\w.]+)`", before)],
-                )
-            else:
-                room, file = first.split(".")
-                files = [file, *(name for _, name in others)]
-            for file in files:
-                assert (PACKAGE / room / f"{file}.py").is_file(), (before, now)
+def test_changelog_leads_to_modules_that_exist():
+    rows = re.findall(r"^\| (`moe_edu\..*) \| (`moe_edu\..*) \|$", read("CHANGELOG.md"), re.M)
+    assert len(rows) >= 14
+    for before, now in rows:
+        names = re.findall(r"`(moe_edu\.)?([\w.]+?)\.?`", now)
+        (_, first), *others = names
+        if "with the same name" in now:
+            room, files = (
+                first,
+                [name.split(".")[-1] for _, name in re.findall(r"`(moe_edu\.)?([\w.]+)`", before)],
+            )
+        else:
+            room, file = first.split(".")
+            files = [file, *(name for _, name in others)]
+        for file in files:
+            assert (PACKAGE / room / f"{file}.py").is_file(), (before, now)
 
 
 class TestApi:

@@ -1,27 +1,19 @@
-"""Imports go one way: each room imports from rooms below it, and no two modules import each other."""
+"""The map in CONTRIBUTING.md is true: imports go one way, from each room to rooms on lower floors, without a circle."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "moe_edu"
-# From the ground up. Rooms on one floor do not know each other.
-FLOORS = (
-    "kernels config system data",
-    "moe",
-    "model figures",
-    "training analysis exercises",
-    "experiments lessons",
-    "explorers",
-    "bench",
-    "__init__",
-    "environment",
-    "cli",
-    "__main__",
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "moe_edu"
+# (floor, room, what it holds) of each row of the map. Rooms on one floor do not know each other.
+MAP = re.findall(
+    r"^\| (\d+) \| `(\w+)(?:\.py)?` \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
+FLOOR = {room: int(floor) for floor, room, _ in MAP}
 
 
 def module_name(path: Path) -> str:
@@ -64,5 +56,11 @@ def test_no_circle():
     assert list(TopologicalSorter(graph).static_order())
 
 
-def test_every_module_is_in_a_room():
-    assert {room_of(module) for module in MODULES} <= FLOOR.keys()
+def test_every_module_is_in_a_room_that_the_map_has_once():
+    assert sorted(room for _, room, _ in MAP) == sorted({room_of(module) for module in MODULES})
+
+
+def test_files_that_the_map_names_exist():
+    for _, room, holds in MAP:
+        for name in re.findall(r"`(\w+\.py)`", holds):
+            assert (PACKAGE / room / name).is_file(), f"{room}/{name}"
