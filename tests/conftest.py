@@ -1,4 +1,4 @@
-"""What all tests share: one thread, hypothesis settings, markers by folder, a tiny configuration."""
+"""Shared by all tests: one thread, hypothesis settings, markers by folder, a tiny configuration."""
 
 import os
 import tempfile
@@ -15,14 +15,14 @@ from moe_edu.kernels import compiled
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Exercises that tests or notebooks solve are not the developer's.
+# Exercises that tests or notebooks solve must not count as the developer's own.
 _HOME = tempfile.TemporaryDirectory()
 os.environ["MOE_EDU_PROGRESS"] = str(Path(_HOME.name) / "progress.json")
 
 settings.register_profile("moe_edu", deadline=None, max_examples=50)
 settings.load_profile("moe_edu")
 
-# What `make quick` leaves out, longest first: what begins early does not keep one worker waiting for the other.
+# Tests that `make quick` leaves out, longest first: started early, they do not keep one worker waiting for the other.
 SLOW = (
     "tests/browser/test_notebooks_in_lab.py",
     "tests/project/test_clean_environment.py",
@@ -33,12 +33,12 @@ SLOW = (
     "tests/training",
     "tests/experiments",
 )
-# Their saved outputs come from minutes of training.
+# The saved outputs of these lessons come from minutes of training.
 FULL_TRAINING = ("notebooks/07_", "notebooks/09_")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """`-m gpu` reads only the files that have such tests: a machine that only computes may lack Jupyter."""
+    """With `-m gpu`, read only files that have such tests: a machine used only for computing may lack Jupyter."""
     if config.getoption("markexpr") != "gpu" or collection_path == config.rootpath / "tests":
         return None
     folder = collection_path.is_dir()
@@ -65,20 +65,20 @@ def _rank(item):
 
 @pytest.fixture(autouse=True)
 def _seed_and_one_thread():
-    """Each test draws the same numbers on one thread, whichever test ran before it."""
+    """Each test draws the same random numbers, on one thread, whichever test ran before it."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _progress_of_its_own(tmp_path, monkeypatch):
-    """What a test solves no other test has solved."""
+    """No test sees the exercises that another has solved."""
     monkeypatch.setenv("MOE_EDU_PROGRESS", str(tmp_path / "progress.json"))
 
 
 @pytest.fixture(params=["compiled", "pytorch"])
 def either_code(request, monkeypatch):
-    """The test runs with the package's compiled code, and without it."""
+    """The test runs twice: with the package's compiled code, and without it."""
     if request.param == "pytorch":
         monkeypatch.setattr(compiled, "_WHY_NOT", "the test runs without it")
     elif why_not := compiled.why_not_compiled(torch.float32):
@@ -87,14 +87,14 @@ def either_code(request, monkeypatch):
 
 @pytest.fixture
 def compiled_code():
-    """The test is about the package's compiled code alone."""
+    """The test concerns only the package's compiled code."""
     if why_not := compiled.why_not_compiled(torch.float32):
         pytest.skip(why_not)
 
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """Make a small MoEConfig without dropout, whose weights are large enough to tell experts apart."""
+    """Make a small MoEConfig without dropout, with weights large enough to make the experts differ visibly."""
     defaults = {
         "vocab_size": 29,
         "max_position_embeddings": 16,

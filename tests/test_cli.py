@@ -1,4 +1,4 @@
-"""The command line: what it says to arguments that look like something else, and to readers that stop reading."""
+"""The command line: texts that look like options, pipes that are closed early, and unknown devices."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def test_a_text_that_looks_like_an_option(text):
     assert 'goes after --, as in: moe-edu translate -- "-5 km"' in done.output
 
 
-def test_a_text_after_two_dashes_is_a_text(monkeypatch):
+def test_a_text_after_two_dashes_is_translated(monkeypatch):
     class Echo:
         def translate(self, text, **options):
             return f"<{text}>"
@@ -30,8 +30,8 @@ def test_a_text_after_two_dashes_is_a_text(monkeypatch):
     assert CliRunner().invoke(cli.main, ["translate", "--", "-5 km"]).output == "<-5 km>\n"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise on Windows")
-def test_a_reader_that_has_read_enough_ends_it_without_a_word():
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end differently on Windows")
+def test_a_closed_pipe_ends_it_silently():
     command = [sys.executable, "-u", "-m", "moe_edu", "translate", "--beams", "1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as process:
@@ -46,7 +46,7 @@ def test_a_reader_that_has_read_enough_ends_it_without_a_word():
 
 
 @pytest.mark.parametrize("device", ["meta", "mps", "xpu"])
-def test_a_device_that_nothing_here_computes_on(device):
+def test_an_unsupported_device_is_refused(device):
     done = CliRunner().invoke(cli.main, ["translate", "--device", device, "1 de agosto"])
     assert done.exit_code == 1
     assert done.output == f"Error: moe_edu does not compute on '{device}': use auto, cpu or cuda\n"

@@ -24,7 +24,7 @@ def test_router_defaults_are_those_of_the_released_model():
     assert config.expert_capacity is None
 
 
-def test_all_defaults_but_two_are_hugging_faces():
+def test_all_defaults_except_two_are_hugging_faces():
     reference = NllbMoeConfig()
     ours = {name: value for name, value in asdict(MoEConfig()).items() if hasattr(reference, name)}
     assert {name for name, value in ours.items() if value != getattr(reference, name)} == {
@@ -33,7 +33,7 @@ def test_all_defaults_but_two_are_hugging_faces():
     }
 
 
-def test_a_part_needs_no_heads_that_it_does_not_use():
+def test_a_part_ignores_heads_that_it_does_not_use():
     config = MoEConfig(
         d_model=24,
         encoder_attention_heads=4,
@@ -108,7 +108,7 @@ def test_every_nth_layer_is_sparse(sparse_step, sparse):
 
 
 def test_every_shared_field_has_hugging_faces_name_and_value():
-    """A field that both know must come through; only the documented ones are ours alone."""
+    """A field that both have must keep its value; only the documented fields are ours alone."""
     reference = NllbMoeConfig(num_experts=6, expert_capacity=7, d_model=48, dropout=0.25, router_bias=True)
     config = MoEConfig.from_hf(reference.to_dict())
     ours_alone = {
@@ -130,7 +130,7 @@ def test_reads_a_dictionary_a_file_and_a_directory(tmp_path):
     assert MoEConfig.from_hf(values) == MoEConfig.from_hf(path) == MoEConfig.from_hf(str(tmp_path))
 
 
-def test_a_byte_order_mark_is_passed_over(tmp_path):
+def test_a_byte_order_mark_is_ignored(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"num_experts": 3}', encoding="utf-8-sig")
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")

@@ -1,4 +1,4 @@
-"""What `moe-edu env` prints, and where it is asked for."""
+"""What `moe-edu env` prints, and that the bug report form asks for it."""
 
 import platform
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_names_the_extras_that_are_not_complete(monkeypatch):
     assert printed["extra lessons"] == "complete"
 
 
-def test_vectors_are_as_wide_as_the_processor_has_them(compiled_code):
+def test_vectors_are_as_wide_as_the_processors(compiled_code):
     assert facts()["compiled code"] == f"{compiled.vector_bits()} bits at once"
     cpuinfo = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not cpuinfo.is_file():
@@ -58,7 +58,7 @@ def test_says_why_there_is_no_compiled_code(monkeypatch):
     assert facts()["compiled code"] == "no C compiler was there"
 
 
-def test_the_form_for_faults_asks_for_it():
+def test_the_bug_report_form_asks_for_it():
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text("utf-8"))
     assert {"name", "description", "body"} <= form.keys()
     (field,) = (one for one in form["body"] if "moe-edu env" in one["attributes"]["label"])

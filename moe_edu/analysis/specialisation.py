@@ -4,7 +4,7 @@ Numbers only, no drawing. Shapes: N tokens (padding left out), E experts, K = 2 
 scripts, token ids, ...). Information is in bits.
 
 Sources: NLLB Team 2022, section 6 and appendix (experts by language); Miller 1955 (the bias of an estimated
-information); Chen et al. 2022 and Koishekenov et al. 2023, arXiv:2212.09811 (pruning the experts of NLLB-MoE).
+information); Chen et al. 2022 and Koishekenov et al. 2022, arXiv:2212.09811 (pruning the experts of NLLB-MoE).
 """
 
 from __future__ import annotations

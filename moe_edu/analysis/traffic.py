@@ -4,7 +4,7 @@ Every device routes its own tokens, sends each kept choice to the device that ho
 expert's output back (combine): two all-to-alls per sparse layer, and two more for their gradients in the backward pass.
 
 Shapes: T tokens per device, E experts, K choices per token, C capacity, D model width, F feed-forward width, G devices.
-Sources: GShard (Lepikhin et al. 2020, section 3.2: experts spread over the devices, all-to-all before and after them;
+Sources: GShard (Lepikhin et al. 2020, section 3.2: experts spread over the devices; section 3.3.1: all-to-all;
 algorithm 1: capacity per local group of tokens). fairseq's NLLB branch, `fairseq/modules/moe/moe_layer.py` (buffers of
 `[E, C, D]`, padded to the capacity) and `get_all2all_group`, `get_moe_group` (more devices than experts: replicas).
 """

@@ -1,4 +1,4 @@
-"""Attention against its definition in float64, with compiled code and without."""
+"""Attention compared with its definition in float64, with compiled code and without."""
 
 from contextlib import suppress
 
@@ -28,7 +28,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None)
 
 
 def heads(B: int, tokens: int, H: int, D: int) -> Tensor:
-    """As a projection gives them: the heads of a token side by side."""
+    """`[B, H, tokens, D]` as a projection returns it: the heads of each token side by side in memory."""
     return torch.randn(B, tokens, H, D).transpose(1, 2)
 
 
@@ -52,11 +52,11 @@ def test_every_number_is_right(either_code, B, H, queries, keys, D, masked, seed
 
 
 @pytest.mark.parametrize(("keys", "D"), [(1024, 32), (1025, 32), (20, 256), (20, 257)])
-def test_sizes_at_the_edge_of_what_compiled_code_holds(either_code, keys, D):
+def test_sizes_at_the_limits_of_compiled_code(either_code, keys, D):
     check(heads(2, 1, 2, D), heads(2, keys, 2, D), heads(2, keys, 2, D))
 
 
-def test_scores_far_apart_leave_one_value(either_code):
+def test_very_different_scores_select_one_value(either_code):
     query, key = (
         torch.full((1, 1, 1, 4), 100.0),
         torch.linspace(-9, 9, 12).view(1, 1, 12, 1).repeat(1, 1, 1, 4),
@@ -68,7 +68,7 @@ def test_scores_far_apart_leave_one_value(either_code):
 
 
 def test_threads_change_nothing_in_compiled_code(compiled_code):
-    """Not even a rounding."""
+    """The results agree bit for bit."""
     tensors = heads(5, 2, 3, 16), heads(5, 9, 3, 16), heads(5, 9, 3, 16)
     with torch.no_grad():
         expected = scaled_dot_product_attention(*tensors)
@@ -87,7 +87,7 @@ def test_gradients_flow(either_code):
 
 
 @pytest.mark.parametrize("shape", [None, (2, 1, 1, 5), (1, 1, 8, 5)])
-def test_compiled_code_sees_what_fits(monkeypatch, shape):
+def test_compiled_code_runs_where_it_can(monkeypatch, shape):
     called = []
     monkeypatch.setattr(attention, "can_be_compiled", lambda *tensors: True)
     monkeypatch.setattr(attention, "call", lambda *arguments: called.append(arguments[0]))
@@ -96,7 +96,7 @@ def test_compiled_code_sees_what_fits(monkeypatch, shape):
     with torch.no_grad():
         scaled_dot_product_attention(*tensors, bias)
     assert called == ["attention"]
-    scaled_dot_product_attention(*tensors, bias)  # with gradients it is PyTorch's
+    scaled_dot_product_attention(*tensors, bias)  # with gradients, PyTorch computes it
     with torch.no_grad():
         scaled_dot_product_attention(*tensors, bias, dropout=0.5)
     assert called == ["attention"]
@@ -105,8 +105,8 @@ def test_compiled_code_sees_what_fits(monkeypatch, shape):
 @pytest.mark.parametrize(
     "wrong", ["width", "keys", "values", "bias", "heads", "dtype", "many", "none", "apart"]
 )
-def test_compiled_code_never_sees_what_does_not_fit(monkeypatch, wrong):
-    """It would read and write beyond the tensors."""
+def test_compiled_code_never_runs_where_it_cannot(monkeypatch, wrong):
+    """It would read and write beyond the tensors' memory."""
     monkeypatch.setattr(attention, "call", lambda *arguments: pytest.fail("compiled code was called"))
     if wrong != "dtype":
         monkeypatch.setattr(attention, "can_be_compiled", lambda *tensors: True)
@@ -140,13 +140,13 @@ def test_a_compiler_sees_one_operator(compiled_code):
     assert targets == [torch.ops.moe_edu.attention.default]
 
 
-def test_a_counter_of_flops_sees_both_products(compiled_code):
+def test_a_flop_counter_sees_both_products(compiled_code):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         scaled_dot_product_attention(heads(2, 3, 2, 8), heads(2, 5, 2, 8), heads(2, 5, 2, 8))
     assert counter.get_total_flops() == 2 * (2 * 2) * (2 * 3 * 5 * 8)
 
 
-def test_an_axis_more_is_mapped(either_code):
+def test_vmap_works(either_code):
     tensors = [torch.stack([heads(2, n, 2, 8) for _ in range(3)]) for n in (1, 5, 5)]
     with torch.no_grad():
         mixed = torch.vmap(scaled_dot_product_attention)(*tensors)
@@ -155,7 +155,7 @@ def test_an_axis_more_is_mapped(either_code):
 
 
 def test_forward_derivatives_are_not_lost(either_code):
-    """PyTorch has them, or says that it has not."""
+    """PyTorch computes forward derivatives, or says that it cannot."""
     query, key, value = heads(2, 1, 2, 8), heads(2, 5, 2, 8), heads(2, 5, 2, 8)
     bias = torch.zeros(2, 1, 1, 5)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_forward_derivatives_are_not_lost(either_code):
 
 
 @pytest.mark.parametrize("width", [3, 8])
-def test_values_may_be_of_another_width(either_code, width):
+def test_values_may_have_another_width(either_code, width):
     check(heads(2, 1, 2, 8), heads(2, 5, 2, 8), heads(2, 5, 2, width))
 
 
@@ -177,7 +177,7 @@ def test_the_operator_keeps_pytorchs_rules(compiled_code):
 
 
 def test_a_traced_graph_of_other_sizes_computes_what_pytorch_does(compiled_code):
-    """Nothing checks what a traced graph is given, except the operator: compiled code holds 1,024 keys."""
+    """Only the operator checks the inputs of a traced graph: compiled code has room for 1,024 keys."""
     query = heads(2, 1, 2, 8)
     with torch.no_grad():
         graph = make_fx(lambda q, k, v: scaled_dot_product_attention(q, k, v))(

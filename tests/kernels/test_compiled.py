@@ -1,4 +1,4 @@
-"""Where compiled code is used, and what is said where it is not."""
+"""Where compiled code runs, and the reasons given where it does not."""
 
 import shutil
 import sys
@@ -16,7 +16,7 @@ from moe_edu.kernels.compiled import can_be_compiled, has_tangent, why_not_compi
 def test_is_built_where_there_is_a_compiler():
     if sys.platform != "linux" or shutil.which("cc") is None:
         pytest.skip("no C compiler that the build would use")
-    assert compiled._LIBRARY is not None, "install moe_edu again: a compiler came after it"
+    assert compiled._LIBRARY is not None, "install moe_edu again: the compiler was installed after it"
 
 
 def test_says_why_it_is_not_compiled(monkeypatch):
@@ -33,7 +33,7 @@ def test_says_why_it_is_not_compiled(monkeypatch):
     assert "bfloat16" in why_not_compiled(torch.bfloat16)
 
 
-def test_a_library_of_another_system_is_none_at_all(monkeypatch, tmp_path):
+def test_a_library_of_another_system_is_ignored(monkeypatch, tmp_path):
     (tmp_path / "foreign.so").write_bytes(b"not a library")
 
     class Spec:
@@ -43,7 +43,7 @@ def test_a_library_of_another_system_is_none_at_all(monkeypatch, tmp_path):
     assert compiled._load_library() is None
 
 
-def test_serves_fp32_in_the_memory_of_the_cpu(monkeypatch):
+def test_takes_fp32_on_the_cpu_only(monkeypatch):
     monkeypatch.setattr(compiled, "_WHY_NOT", None)
     x = torch.zeros(2)
     assert can_be_compiled(x, x)
@@ -53,7 +53,7 @@ def test_serves_fp32_in_the_memory_of_the_cpu(monkeypatch):
     assert not can_be_compiled(x, x)
 
 
-def test_knows_a_tangent():
+def test_recognises_a_tangent():
     x, seen = torch.ones(2), []
     torch.func.jvp(lambda y: seen.append(has_tangent(x, y)) or y, (x,), (x,))
     with forward_ad.dual_level():
@@ -63,7 +63,7 @@ def test_knows_a_tangent():
 
 
 class LastHiddenState(nn.Module):
-    """torch.jit takes no named tuples with None in them."""
+    """Returns a tensor, since torch.jit accepts no named tuples that contain None."""
 
     def __init__(self, encoder: MoEEncoder) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class LastHiddenState(nn.Module):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_traced_layer_computes_what_the_layer_does(gradients):
-    """Outside of operators torch.jit makes a tensor of a size, whose address compiled code would take for the size."""
+    """Outside of operators, torch.jit turns sizes into tensors, whose addresses compiled code would take for sizes."""
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = MoEConfig(d_model=16, encoder_layers=1, num_experts=3, vocab_size=50, **heads)
     model = LastHiddenState(MoEEncoder(config)).eval()

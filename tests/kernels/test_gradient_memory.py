@@ -1,4 +1,4 @@
-"""Memory of large gradients is used again, and never while anybody still reads it."""
+"""Memory of large gradients is reused, but never while a tensor still holds it."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ def every_size_is_large(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_a_tensor_like_the_weight(dtype):
+def test_gives_a_tensor_like_the_weight(dtype):
     weight = torch.zeros(4, 3, 2, dtype=dtype).transpose(0, 2)
     gradient = GradientPages().empty_like(weight)
     assert gradient.shape == weight.shape
@@ -30,19 +30,19 @@ def test_other_devices_keep_their_own_memory():
     assert GradientPages().empty_like(weight).device == weight.device
 
 
-def test_freed_memory_is_used_again():
+def test_freed_memory_is_reused():
     pages, weight = GradientPages(), torch.zeros(6, 4)
     first = pages.empty_like(weight)
     place = first.data_ptr()
     del first
     assert pages.empty_like(weight).data_ptr() == place
-    assert pages.empty_like(torch.zeros(6, 8)).data_ptr() != place, "of another size"
+    assert pages.empty_like(torch.zeros(6, 8)).data_ptr() != place, "another size needs another block"
 
 
-def test_memory_that_is_held_is_left_alone():
+def test_memory_in_use_is_not_reused():
     pages, weight = GradientPages(), torch.zeros(6, 4)
     held = pages.empty_like(weight).fill_(1)
-    view = pages.empty_like(weight).fill_(2)[1:3]  # its base is gone, its memory is not
+    view = pages.empty_like(weight).fill_(2)[1:3]  # its base is freed, but its memory is not
     for _ in range(3):
         pages.empty_like(weight).fill_(9)
     assert torch.equal(held, torch.ones(6, 4))
@@ -59,7 +59,7 @@ def test_small_gradients_are_ordinary_tensors(monkeypatch):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pages: pickle.loads(pickle.dumps(pages))])
-def test_a_copy_has_no_memory_in_common(copied):
+def test_a_copy_shares_no_memory(copied):
     pages, weight = GradientPages(), torch.zeros(6, 4)
     place = pages.empty_like(weight).data_ptr()
     other = copied(pages).empty_like(weight)

@@ -1,4 +1,4 @@
-"""The compiled products and PyTorch's, number by number: whole numbers are summed without rounding."""
+"""The compiled products and PyTorch's, compared exactly: sums of whole numbers have no rounding."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from moe_edu.kernels import grouped_gemm
 
 @pytest.fixture
 def many_rows(monkeypatch):
-    """Compiled products also for more rows than those with which they are faster."""
+    """Run compiled products even for more rows than they are faster for."""
     monkeypatch.setattr(grouped_gemm, "_FEW_ROWS", 1000)
 
 
@@ -24,7 +24,7 @@ def products(either_code, many_rows):
 
 
 def whole(*shape: int) -> torch.Tensor:
-    """Small enough that any sum of products of them is a whole number that fp32 holds."""
+    """Random whole numbers, so small that fp32 represents every sum of their products exactly."""
     return torch.randint(-8, 9, shape).float()
 
 
@@ -39,7 +39,7 @@ def make_problem(sizes: list[int], nobody: int, inputs: int, outputs: int):
 
 
 def check(sizes: list[int], nobody: int, inputs: int, outputs: int) -> None:
-    """All four functions against one product an expert, in float64."""
+    """Compare all four functions with one product per expert in float64."""
     x, weight, bias, grad_y = make_problem(sizes, nobody, inputs, outputs)
     y = grouped_gemm.linear(x, weight, bias, sizes)
     grad_x = grouped_gemm.grad_input(grad_y, weight, sizes)
@@ -75,7 +75,7 @@ def test_every_number_is_right(products, sizes, nobody, inputs, outputs, seed):
 @pytest.mark.parametrize(
     ("sizes", "inputs", "outputs"),
     [
-        ([1, 0, 129, 300], 33, 47),  # more rows than one task takes
+        ([1, 0, 129, 300], 33, 47),  # more rows than one task computes
         ([3, 20], 1100, 40),  # more inputs
         ([3, 20], 40, 1100),  # more outputs
         ([5, 140], 530, 2060),  # wide enough for several tasks in each direction
@@ -87,7 +87,7 @@ def test_every_number_of_large_problems_is_right(products, sizes, inputs, output
 
 
 def rounding_bound(terms: int, magnitude: torch.Tensor) -> torch.Tensor:
-    """How far a fp32 sum of `terms` products may be from the exact one, in any order of additions.
+    """How far an fp32 sum of `terms` products may be from the exact sum, for any order of additions.
 
     `magnitude` is the sum of the products' absolute values. Source: Higham 2002, "Accuracy and Stability of Numerical
     Algorithms", section 3.1: gamma_n = n u / (1 - n u), one rounding for each product and each addition.
@@ -106,7 +106,7 @@ def all_products(x, weight, bias, grad_y, sizes):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_sums_differ_from_the_exact_ones_by_rounding_alone(products, threads):
-    """Libraries add in an order of their own, which depends on the processor and on the number of threads."""
+    """Libraries choose the order of additions, by the processor and the number of threads."""
     sizes = [9, 0, 150, 64]
     problem = [torch.randn_like(t) for t in make_problem(sizes, 1, 520, 600)]
     exact = all_products(*(t.double() for t in problem), sizes)
@@ -122,7 +122,7 @@ def test_sums_differ_from_the_exact_ones_by_rounding_alone(products, threads):
 
 
 def test_threads_change_nothing_in_compiled_code(compiled_code, many_rows):
-    """Not even a rounding: each number is summed in one order."""
+    """The results agree bit for bit: the order of each sum is fixed."""
     sizes = [9, 0, 150, 64]
     problem = [torch.randn_like(t) for t in make_problem(sizes, 1, 520, 600)]
     one = all_products(*problem, sizes)
@@ -134,7 +134,7 @@ def test_threads_change_nothing_in_compiled_code(compiled_code, many_rows):
     assert all(map(torch.equal, one, several))
 
 
-def test_rows_that_are_not_contiguous_are_taken_by_pytorch(products):
+def test_pytorch_computes_rows_that_are_not_contiguous(products):
     sizes = [2, 3]
     x, weight, bias, grad_y = make_problem(sizes, 0, 6, 4)
     expected = grouped_gemm.linear(x, weight, bias, sizes)
@@ -145,14 +145,14 @@ def test_rows_that_are_not_contiguous_are_taken_by_pytorch(products):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_are_taken_by_pytorch(dtype):
+def test_pytorch_computes_other_dtypes(dtype):
     sizes = [2, 3]
     x, weight, bias, grad_y = (t.clamp(-2, 2).to(dtype) for t in make_problem(sizes, 0, 6, 4))
     assert torch.equal(grouped_gemm.linear(x, weight, bias, sizes)[:2], x[:2] @ weight[0].T + bias[0])
     assert torch.equal(grouped_gemm.grad_input(grad_y, weight, sizes)[2:], grad_y[2:] @ weight[1])
 
 
-def test_compiled_code_sees_what_fits(monkeypatch):
+def test_compiled_code_runs_where_it_can(monkeypatch):
     called = []
     monkeypatch.setattr(grouped_gemm, "can_be_compiled", lambda *tensors: True)
     monkeypatch.setattr(grouped_gemm, "call", lambda *arguments: called.append(arguments[0]))
@@ -163,8 +163,8 @@ def test_compiled_code_sees_what_fits(monkeypatch):
     assert called == [f"grouped_gemm_{product}" for product in ("linear", "grad_input", "grad_weight")]
 
 
-def test_compiled_code_never_sees_what_does_not_fit(monkeypatch):
-    """It would read and write beyond the tensors."""
+def test_compiled_code_never_runs_where_it_cannot(monkeypatch):
+    """It would read and write beyond the tensors' memory."""
     monkeypatch.setattr(grouped_gemm, "can_be_compiled", lambda *tensors: True)
     monkeypatch.setattr(grouped_gemm, "call", lambda *arguments: pytest.fail("compiled code was called"))
     x, weight, bias, grad_y = make_problem([2, 3], 0, 6, 4)
@@ -176,9 +176,7 @@ def test_compiled_code_never_sees_what_does_not_fit(monkeypatch):
         grouped_gemm.linear(x, weight, bias, [2, 2, 1])
     with pytest.raises(RuntimeError, match="shape"):
         grouped_gemm.grad_input(grad_y[:, :3].contiguous(), weight, [2, 3])
-    grouped_gemm.linear(
-        x[:4], weight, bias, [2, 3]
-    )  # a row is missing: PyTorch computes those that are there
+    grouped_gemm.linear(x[:4], weight, bias, [2, 3])  # a row is missing: PyTorch computes the others
 
 
 class TestModesSeeEveryProduct:
@@ -223,7 +221,7 @@ class TestModesSeeEveryProduct:
         assert torch.equal(compiled(x, weight, bias, self.SIZES), expected)
 
     def test_that_differentiates_forward(self, products):
-        """Nothing is lost without a word."""
+        """No derivative is silently lost."""
         x, weight, bias, _ = make_problem(list(self.SIZES), 0, 6, 4)
         with pytest.raises(NotImplementedError, match="forward AD"):
             torch.func.jvp(lambda x: grouped_gemm.linear(x, weight, bias, self.SIZES), (x,), (x,))
@@ -243,7 +241,7 @@ def test_the_operators_keep_pytorchs_rules(products):
 
 
 def test_a_traced_graph_of_fewer_rows_stays_within_them(products):
-    """Nothing checks what a traced graph is given, except the operator."""
+    """Only the operator checks the inputs of a traced graph."""
     x, weight, bias, _ = make_problem([2, 3], 0, 6, 4)
     graph = make_fx(lambda x: grouped_gemm.linear(x, weight, bias, [2, 3], out=torch.zeros(5, 4)))(x)
     assert torch.equal(graph(x), grouped_gemm.linear(x, weight, bias, [2, 3]))
@@ -251,7 +249,7 @@ def test_a_traced_graph_of_fewer_rows_stays_within_them(products):
         graph(x[:, :5].contiguous())
 
 
-def test_many_rows_go_back_through_pytorch(monkeypatch):
+def test_pytorch_computes_the_backward_pass_of_many_rows(monkeypatch):
     asked = []
     monkeypatch.setattr(grouped_gemm, "can_be_compiled", lambda *tensors: bool(asked.append(tensors)))
     for sizes, times in (([256, 0, 256], 2), ([257, 0, 256], 0)):

@@ -1,4 +1,4 @@
-"""The most probable tokens against a softmax in float64 of all logits."""
+"""The most probable tokens, compared with a softmax of all logits in float64."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from moe_edu.kernels.vocabulary import most_probable
 
 
 def check(hidden: torch.Tensor, weight: torch.Tensor, k: int) -> None:
-    """Whole numbers, whose products have no rounding, and of equal logits the first is the more probable."""
+    """Inputs are whole numbers, whose products have no rounding; among equal logits, the first counts as larger."""
     found = most_probable(hidden, weight, k)
     probabilities = (hidden.double() @ weight.double().T).log_softmax(-1)
     expected, order = probabilities.sort(dim=1, descending=True, stable=True)
@@ -43,14 +43,14 @@ def test_are_those_of_the_softmax_of_all_logits(either_code, rows, width, size, 
 
 @pytest.mark.parametrize("largest", [1e-3, 80.0, 1e4])
 def test_logits_of_any_size_give_probabilities(either_code, largest):
-    """Of which all but one vanish where the logits are large."""
+    """If the logits are large, all probabilities but one vanish."""
     weight = torch.linspace(-largest, largest, 600)[torch.randperm(600)][:, None]
     for hidden in (torch.ones(3, 1), -torch.ones(3, 1)):
         check(hidden, weight, 5)
 
 
 def test_threads_change_nothing_in_compiled_code(compiled_code):
-    """Not even a rounding."""
+    """The results agree bit for bit."""
     hidden, weight = torch.randn(150, 40), torch.randn(700, 40)
     expected = most_probable(hidden, weight, 8)
     try:
@@ -62,7 +62,7 @@ def test_threads_change_nothing_in_compiled_code(compiled_code):
     assert torch.equal(expected.log_probs, several.log_probs)
 
 
-def test_a_model_that_is_broken_chooses_tokens_that_exist(either_code):
+def test_a_broken_model_still_chooses_existing_tokens(either_code):
     hidden, weight = torch.full((2, 4), torch.nan), torch.randn(50, 4)
     found = most_probable(hidden, weight, 3)
     assert found.log_probs.isnan().all()
@@ -84,7 +84,7 @@ def test_autocast_computes_the_logits_in_its_dtype(either_code):
 
 
 def test_a_default_device_changes_nothing(either_code):
-    """Compiled code would write to whatever address a GPU's memory has."""
+    """Otherwise compiled code would write to an address in a GPU's memory."""
     hidden, weight = torch.randn(5, 16), torch.randn(30, 16)
     with torch.device("meta"):
         found = most_probable(hidden, weight, 3)
@@ -92,7 +92,7 @@ def test_a_default_device_changes_nothing(either_code):
     assert torch.equal(found.tokens, (hidden @ weight.T).topk(3).indices)
 
 
-def test_an_axis_more_is_mapped(either_code):
+def test_vmap_works(either_code):
     hidden, weight = torch.randn(3, 5, 16), torch.randn(30, 16)
     found = torch.vmap(lambda rows: most_probable(rows, weight, 3).log_probs)(hidden)
     torch.testing.assert_close(found, (hidden @ weight.T).log_softmax(-1).topk(3).values)
@@ -107,7 +107,7 @@ def test_forward_derivatives_are_those_of_pytorch(either_code):
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_counter_of_flops_sees_what_pytorch_would_count(either_code):
+def test_a_flop_counter_sees_what_pytorch_would_count(either_code):
     with FlopCounterMode(display=False) as counter:
         most_probable(torch.randn(5, 16), torch.randn(30, 16), 3)
     assert counter.get_total_flops() == 2 * 5 * 16 * 30
@@ -118,7 +118,7 @@ def test_the_operator_keeps_pytorchs_rules(compiled_code):
     torch.library.opcheck(torch.ops.moe_edu.most_probable.default, arguments)
 
 
-def test_compiled_code_sees_what_fits(monkeypatch):
+def test_compiled_code_runs_where_it_can(monkeypatch):
     called = []
     monkeypatch.setattr(vocabulary, "can_be_compiled", lambda *tensors: True)
     monkeypatch.setattr(vocabulary, "call", lambda *arguments: called.append(arguments[0]))
@@ -126,8 +126,8 @@ def test_compiled_code_sees_what_fits(monkeypatch):
     assert called == ["most_probable"]
 
 
-def test_compiled_code_never_sees_what_does_not_fit(monkeypatch):
-    """It would read and write beyond the tensors."""
+def test_compiled_code_never_runs_where_it_cannot(monkeypatch):
+    """It would read and write beyond the tensors' memory."""
     monkeypatch.setattr(vocabulary, "can_be_compiled", lambda *tensors: True)
     monkeypatch.setattr(vocabulary, "call", lambda *arguments: pytest.fail("compiled code was called"))
     hidden, weight = torch.randn(5, 16), torch.randn(30, 16)
@@ -136,4 +136,4 @@ def test_compiled_code_never_sees_what_does_not_fit(monkeypatch):
     with pytest.raises(RuntimeError, match="range"):
         most_probable(hidden, weight, 31)
     most_probable(hidden[:, ::2], weight[:, ::2], 3)
-    most_probable(hidden.repeat(1, 1), weight.repeat(4, 1), 100)  # sorted by insertion, which takes long
+    most_probable(hidden.repeat(1, 1), weight.repeat(4, 1), 100)  # too many to sort by insertion

@@ -1,4 +1,4 @@
-"""The counts are those of real models: parameters of built ones, FLOPs as PyTorch counts them."""
+"""The counts agree with real models: parameters with built models, FLOPs with PyTorch's counter."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_edu import MoEConfig, MoEEncoder, MoETranslator
 from moe_edu.model.budget import Parts, active_parameters, expert_parameters, forward_flops, stored_parameters
 
-# The released model, as its config.json has it; the rest are MoEConfig's defaults.
+# The released model, as in its config.json; the other fields are MoEConfig's defaults.
 NLLB_MOE = MoEConfig(
     vocab_size=256206,
     d_model=2048,
@@ -52,7 +52,7 @@ configs = st.builds(
 
 
 def counted(model):
-    """The parameters of a real model, part by part, by their names."""
+    """The parameters of a real model, counted part by part by their names."""
     parts = dict.fromkeys(Parts._fields, 0)
     for name, parameter in model.named_parameters():
         parts[next(part for word, part in PART_OF_NAME.items() if word in name)] += parameter.numel()
@@ -74,7 +74,7 @@ class TestParameters:
         assert stored_parameters(config, decoder=False) == counted(built(MoEEncoder, config))
 
     @given(configs)
-    def test_active_ones_leave_out_the_experts_that_are_not_visited(self, config):
+    def test_active_ones_leave_out_experts_that_are_not_visited(self, config):
         stored, active = stored_parameters(config), active_parameters(config)
         assert stored._replace(experts=0) == active._replace(experts=0)
         assert active.experts * config.num_experts == stored.experts * min(2, config.num_experts)
@@ -91,7 +91,7 @@ class TestPublishedNumbers:
         assert f"{stored.total / 1e9:.1f}" == "54.5"
         assert stored == counted(built(MoETranslator, NLLB_MOE))
 
-    def test_as_the_pruning_paper_counts_them(self):
+    def test_agrees_with_the_pruning_paper(self):
         """Koishekenov et al. 2022: 33.6M per expert, 51.6B in all experts, 101.5 GiB and 6.2 GiB in half precision."""
         assert f"{expert_parameters(2048, 8192) / 1e6:.1f}" == "33.6"
         assert f"{stored_parameters(NLLB_MOE).experts / 1e9:.1f}" == "51.6"
@@ -105,7 +105,7 @@ class TestPublishedNumbers:
 class TestFlops:
     def measured(self, model, *arguments):
         counter = FlopCounterMode(display=False)
-        # The counter does not know the CPU's fused attention: this is the same as plain products.
+        # PyTorch's counter does not know the CPU's fused attention: this computes the same with plain products.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model.eval()(*arguments)
         return counter.get_total_flops()
@@ -129,7 +129,7 @@ class TestFlops:
         assert few._replace(router=0) == many._replace(router=0)
         assert many.router == 64 * few.router
 
-    def test_a_short_sentence_costs_two_flops_a_parameter_that_it_uses(self):
+    def test_a_short_sentence_costs_two_flops_per_parameter_that_it_uses(self):
         active = active_parameters(NLLB_MOE, decoder=False)
         weights = active.attention + active.feed_forward + active.router + active.experts
         assert forward_flops(NLLB_MOE, 1).total == pytest.approx(2 * weights, rel=1e-3)

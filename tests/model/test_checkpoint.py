@@ -1,4 +1,4 @@
-"""Hugging Face's names both ways, and safetensors files that may be damaged."""
+"""Hugging Face's names in both directions, and safetensors files, some of them damaged."""
 
 import json
 import pickle
@@ -96,7 +96,7 @@ class TestHuggingFaceNames:
         model.load_hf_state_dict(once)
         assert_equal_tensors(model.hf_state_dict(), reference.state_dict())
 
-    def test_position_tables_of_old_checkpoints_are_passed_over(self, reference):
+    def test_position_tables_of_old_checkpoints_are_ignored(self, reference):
         state = reference.state_dict()
         state["model.encoder.embed_positions.weights"] = torch.zeros(10, 8)
         MoETranslator(CONFIG).load_hf_state_dict(state)
@@ -231,7 +231,7 @@ class TestFiles:
 
         pickled = pickle.dumps(Payload())
         pickle.loads(pickled).close()
-        assert proof.exists(), "the payload works where it is loaded"
+        assert proof.exists(), "loading the payload runs it"
         proof.unlink()
         for name in ("model.safetensors", "pytorch_model.bin"):
             (tmp_path / name).write_bytes(pickled)

@@ -1,4 +1,4 @@
-"""Greedy and beam search against slow forms; equality with `transformers` is in test_parity.py."""
+"""Greedy and beam search, compared with slow, obvious forms; test_parity.py compares them with `transformers`."""
 
 import itertools
 
@@ -13,7 +13,7 @@ START, PAD, EOS = 2, 1, 2
 
 
 def make_model(config, seed: int = 0, end: float = 0.15) -> MoETranslator:
-    """Large weights and small embeddings, or one token would repeat, whatever the source.
+    """A model with large weights and small embeddings; otherwise one token would repeat, whatever the source.
 
     Element 0 of the last hidden state is always about 10, which makes padding impossible and adds `10 * end` to the
     score of `</s>`.
@@ -74,7 +74,7 @@ def test_a_beam_wide_enough_finds_the_best_of_all_translations(tiny_config, seed
     steps = logits.log_softmax(-1).gather(2, everything[:, :, None])[:, :, 0]
     if forced is not None:
         steps[:, 0] = torch.where(everything[:, 0] == forced, 0.0, -torch.inf)
-    # A translation ends with its first </s>; what comes after it counts for nothing.
+    # A translation ends with its first </s>; what comes after it is ignored.
     words = ((everything == EOS).cumsum(1) - (everything == EOS).long()) == 0
     best = (steps * words).sum(1).argmax()
 
@@ -110,7 +110,7 @@ def test_a_finished_sentence_leaves_unless_it_competes_for_experts(tiny_config, 
     model.decoder.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     model.generate(torch.randint(3, 9, (6, 5)), num_beams=num_beams, max_new_tokens=12)
     first, *others = batches
-    assert first == 6, "before their first choice the beams of a sentence are one"
+    assert first == 6, "before the first choice, a sentence has one beam"
     assert num_beams == 1 or others[0] == 6 * num_beams
     assert others == sorted(others, reverse=True)
     assert (others[-1] < 6 * num_beams) == (fraction == 1)
@@ -146,7 +146,7 @@ def test_is_pure_and_repeats(tiny_config, num_beams):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_never_longer_than_asked_or_than_the_positions(tiny_config, num_beams):
+def test_never_longer_than_requested_or_than_the_positions(tiny_config, num_beams):
     model = make_model(tiny_config(max_position_embeddings=6), end=-10.0)
     source = torch.randint(3, 29, (2, 5))
     assert model.generate(source, num_beams=num_beams, max_new_tokens=3).shape[1] == 4

@@ -19,7 +19,7 @@ class TestExpertOutputMasking:
 
     @staticmethod
     def layers(tiny_config, p: float) -> tuple[SparseMLP, SparseMLP]:
-        """One with and one without masking, with equal weights and room for all."""
+        """Two layers, one with and one without masking, with equal weights and room for all choices."""
         torch.manual_seed(0)
         masked = SparseMLP(tiny_config(moe_token_dropout=p, expert_capacity=10_000))
         plain = SparseMLP(tiny_config(moe_token_dropout=0.0, expert_capacity=10_000))
@@ -28,7 +28,7 @@ class TestExpertOutputMasking:
 
     @staticmethod
     def gated_rows(layer: SparseMLP, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each of a token's two experts contributes."""
+        """The contribution of each of a token's two experts."""
         routing, experts = layer.router(token[None, None]), layer.experts
         rows = []
         for e, gate in zip(routing.expert_index[0], routing.combine_weights[0], strict=True):
@@ -37,7 +37,7 @@ class TestExpertOutputMasking:
         return rows[0], rows[1]
 
     def test_training_zeroes_whole_rows_and_rescales_nothing(self, tiny_config):
-        """Each of a token's two contributions is there in full or not at all; all four cases occur."""
+        """Each of a token's two contributions is present in full or not at all; all four cases occur."""
         masked, _ = self.layers(tiny_config, 0.4)
         hidden = torch.randn(1, 60, 8)
         seen = set()
@@ -63,11 +63,11 @@ class TestExpertOutputMasking:
         token = torch.randn(8)
         training_mean = run_sparse_mlp(masked.train(), token.expand(1, n, 8)).mean(1)[0]
         in_eval = masked.eval()(token[None, None])[0][0, 0]
-        # A mean of n rows, each there with probability 1 - p: standard error |row| * sqrt(p * (1 - p) / n).
+        # The mean of n rows, each present with probability 1 - p, has the standard error |row| * sqrt(p * (1 - p) / n).
         first, second = self.gated_rows(masked, token)
         error = (first**2 + second**2).sqrt() * (p * (1 - p) / n) ** 0.5
         assert ((training_mean - in_eval).abs() <= 4 * error).all()
-        # The test can tell a rescaled mean (the reference's) from ours.
+        # The test can distinguish a rescaled mean (that of `transformers`) from ours.
         assert ((in_eval / (1 - p) - in_eval).abs() > 8 * error).any()
 
     @pytest.mark.parametrize("training", [False, True])
@@ -76,7 +76,7 @@ class TestExpertOutputMasking:
         layer = SparseMLP(config).train(training)
         torch.manual_seed(0)
         output = layer(torch.randn(1, 40, 8))[0]
-        # Single elements vanish in training: both choices' element at once in a quarter of the places.
+        # In training single elements vanish; both choices' elements vanish at once in a quarter of the places.
         share = (output == 0).float().mean().item()
         assert share == pytest.approx(0.25 if training else 0.0, abs=0.1)
 
@@ -107,7 +107,7 @@ class TestSparseMLP:
         assert torch.equal(output[nobody], hidden[nobody])
         assert (output[~nobody] != hidden[~nobody]).any(-1).all()
 
-    def test_pads_get_zero(self, tiny_config):
+    def test_padding_gets_zero(self, tiny_config):
         layer = SparseMLP(tiny_config())
         mask = torch.tensor([[False, False, True], [True, True, True]])
         output, routing = layer(torch.randn(2, 3, 8), mask)
@@ -127,7 +127,7 @@ class TestSparseMLP:
         assert torch.equal(hidden, hidden_before)
         assert torch.equal(mask, mask_before)
 
-    def test_width_defaults_to_the_encoders(self, tiny_config):
+    def test_the_default_width_is_the_encoders(self, tiny_config):
         config = tiny_config()
         assert SparseMLP(config).experts.w1.shape == (4, config.encoder_ffn_dim, 8)
         assert SparseMLP(config, 3).experts.w1.shape == (4, 3, 8)

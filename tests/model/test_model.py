@@ -65,7 +65,7 @@ def train_step(model: MoETranslator, seed: int) -> list[torch.Tensor]:
 
 
 def snapshot(model: nn.Module) -> bytes:
-    """All that a module holds: parameters, buffers and every other attribute, of its children too."""
+    """Everything a module holds: parameters, buffers and all other attributes, including its children's."""
     return pickle.dumps(model)
 
 
@@ -102,7 +102,7 @@ class TestForwardIsPure:
 class TestEncoder:
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_padding_changes_no_real_token(self, tiny_config, side):
-        """With room for all, a sentence alone and the same sentence padded in a batch agree."""
+        """With room for all choices, a sentence on its own agrees with the same sentence padded in a batch."""
         torch.manual_seed(0)
         encoder = MoEEncoder(tiny_config()).eval()
         sentence, pads = torch.randint(3, 29, (1, 4)), torch.full((1, 3), PAD)
@@ -240,7 +240,7 @@ class TestGradientCheckpointing:
         for model in (plain, frugal):
             torch.manual_seed(7)
             output = model.train()(**make_batch())
-            # Losses reach the router through what was returned: it must be part of the graph.
+            # Losses reach the router through the returned routing, which must be part of the graph.
             router_term = sum(layer.logits.logsumexp(1).square().mean() for layer in output.routing)
             (output.logits.square().mean() + router_term).backward()
             results.append(output)
@@ -264,7 +264,7 @@ class TestGradientCheckpointing:
 class TestPrecision:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_on_the_cpu(self, tiny_config, dtype):
-        """Logits come near those in fp32, given the same rounded weights and enough room for near-ties."""
+        """Logits are close to those in fp32, given the same rounded weights and enough room for near-ties."""
         config = tiny_config(encoder_sparse_step=0, decoder_sparse_step=0)
         half = make_translator(config).to(dtype).eval()
         full = copy.deepcopy(half).float()
@@ -365,7 +365,7 @@ class TestTranslator:
 
 
 def test_decoder_rows_must_fit_their_sources(tiny_config):
-    """Else sentences would attend to parts of each other."""
+    """Otherwise sentences would attend to parts of each other."""
     model = make_translator(tiny_config()).eval()
     batch = make_batch()
     encoded = model.encoder(batch["input_ids"], batch["attention_mask"])

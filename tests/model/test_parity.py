@@ -1,6 +1,6 @@
 """Parity with `transformers` 4.57.6 on random configurations: outputs, every gradient, generated ids.
 
-`python tests/test_parity.py` prints the worst differences over all of them.
+`python tests/model/test_parity.py` prints the worst differences over all of them.
 """
 
 import random
@@ -24,7 +24,7 @@ PAD = 1
 
 
 class Batch(NamedTuple):
-    """Source and target ids with their masks (None where the case gives none); `real` is False on padding."""
+    """Source and target ids with their masks (None if the case has none); `real` is False on padding."""
 
     source: Tensor
     source_mask: Tensor | None
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 def random_config(rng: random.Random) -> dict:
-    """Fields that both configurations take. All dropouts are zero: their draws cannot agree."""
+    """Fields that both configurations have. All dropouts are zero, since their random draws cannot agree."""
     heads = rng.choice([1, 2, 4])
     return {
         "vocab_size": rng.choice([11, 29]),
@@ -93,7 +93,7 @@ def random_batch(rng: random.Random, vocab: int) -> Batch:
 
 
 def make_case(seed: int) -> tuple[dict, Batch, NllbMoeForConditionalGeneration]:
-    """Configuration, batch, and a reference model in which every weight, bias and norm is random."""
+    """Configuration, batch, and a `transformers` model in which every weight, bias and norm is random."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     values = random_config(rng)
@@ -106,7 +106,7 @@ def make_case(seed: int) -> tuple[dict, Batch, NllbMoeForConditionalGeneration]:
 
 
 def prepare(reference: nn.Module, values: dict, training: bool) -> None:
-    """Bring the reference into a mode as if it were fresh: it remembers its last capacity."""
+    """Set the mode of the `transformers` model, and reset its capacity, which it remembers from its last pass."""
     reference.train(training).zero_grad()
     for module in reference.modules():
         if isinstance(module, NllbMoeSparseMLP):
@@ -116,7 +116,7 @@ def prepare(reference: nn.Module, values: dict, training: bool) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Under Hugging Face's names, experts unstacked; tied embeddings once; zeros where autograd has none."""
+    """Gradients under Hugging Face's names: experts unstacked, tied embeddings once, zeros where autograd has none."""
     named = {}
     leaves = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
     for name, parameter in model.named_parameters():
@@ -132,8 +132,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def gradient_difference(model: nn.Module, reference: nn.Module) -> float:
     actual, expected = gradients(model), gradients(reference)
     assert actual.keys() == expected.keys()
-    # The gradient of k_proj.bias is zero but for rounding (softmax ignores a shift), so a tensor's scale is
-    # at least a thousandth of the largest gradient.
+    # The gradient of k_proj.bias is zero except for rounding (softmax ignores a shift), so a tensor's scale is
+    # set to at least a thousandth of the largest gradient.
     floor = 1e-3 * max(grad.abs().max().item() for grad in expected.values())
     return max(relative_difference(actual[name], expected[name], floor) for name in expected)
 
@@ -141,7 +141,7 @@ def gradient_difference(model: nn.Module, reference: nn.Module) -> float:
 def compare_encoders(
     reference: NllbMoeEncoder, values: dict, batch: Batch, training: bool
 ) -> dict[str, float]:
-    """An encoder alone, with head mask, embeddings, hidden states and attentions."""
+    """An encoder on its own, with head mask, embeddings, hidden states and attentions."""
     prepare(reference, values, training)
     model = MoEEncoder(MoEConfig(**values)).train(training)
     model.load_hf_state_dict(reference.state_dict())
@@ -197,11 +197,11 @@ def compare_translators(
 def generate_both(
     reference: NllbMoeForConditionalGeneration, values: dict, batch: Batch, seed: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Generated ids, ours and theirs, by greedy or beam search."""
-    # A smaller fraction ties a sentence to its batch.
+    """Ids that both models generate, by greedy or beam search."""
+    # With a smaller fraction, a sentence's translation depends on its batch.
     values = values | {"moe_eval_capacity_token_fraction": 1.0}
     prepare(reference, values, training=False)
-    with torch.no_grad():  # with small weights one token repeats, whatever the source
+    with torch.no_grad():  # with small weights, one token repeats, whatever the source
         for name, parameter in reference.named_parameters():
             if parameter.ndim == 2 and "shared" not in name:
                 parameter *= 5
@@ -218,17 +218,17 @@ def generate_both(
             "length_penalty": rng.choice([0.0, 0.6, 1.0, 2.0, -1.0]),
             "early_stopping": rng.random() < 0.5,
         }
-    mask = batch.source_real.long()  # left out, the reference would make it from the padding
+    mask = batch.source_real.long()  # without it, `transformers` would derive a mask from the padding
     expected = reference.generate(batch.source, attention_mask=mask, do_sample=False, **options)
     return model.generate(batch.source, mask, **options).tolist(), expected.tolist()
 
 
 def compare(seed: int) -> tuple[dict[str, float], tuple[list[list[int]], list[list[int]]]]:
-    """The differences by what is compared, and the ids that both generate."""
+    """The difference of each compared part, and the ids that both generate."""
     values, batch, reference = make_case(seed)
     differences = {}
     for mode in ("eval", "train"):
-        if mode == "train":  # the draws of expert output masking cannot agree
+        if mode == "train":  # the random draws of expert output masking cannot agree
             values = values | {"moe_token_dropout": 0.0}
         for name, results in (
             ("encoder", compare_encoders(reference.model.encoder, values, batch, mode == "train")),

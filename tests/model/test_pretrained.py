@@ -1,4 +1,4 @@
-"""Text in, text out: the shipped model, its errors, and the routing of a phrase."""
+"""Text in, text out: the model that ships, its errors, and the routing of a phrase."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_a_named_language_and_beams(translator):
     assert translator.translate(phrase, source="por_Latn", num_beams=4) == "Thursday, August 1, 1996"
 
 
-def test_a_batch_gives_what_single_phrases_give(translator):
+def test_a_batch_gives_the_same_as_single_phrases(translator):
     texts = ["1 août 1996", "vor 3 Tagen", "hace 5 años"]
     sources = ["fra_Latn", "deu_Latn", "und"]
     together = translator.translate_batch(texts, target="eng_Latn", source=sources)
@@ -49,7 +49,7 @@ def test_the_device_is_auto(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 @pytest.mark.parametrize("device", ["cuda", torch.device("cuda", 0)])
-def test_a_gpu_where_there_is_none(device):
+def test_a_missing_gpu_is_reported(device):
     with pytest.raises(ValueError, match="this PyTorch finds no NVIDIA GPU: choose device cpu"):
         load_pretrained(device=device)
 
@@ -61,7 +61,7 @@ def test_translates_on_the_gpu():
     assert translator.translate("quinta-feira, 1 de agosto de 1996") == "Thursday, August 1, 1996"
 
 
-def test_one_source_language_may_stand_for_all_texts(translator):
+def test_one_source_language_may_apply_to_all_texts(translator):
     texts = ["1 août 1996", "dans 3 jours"]
     expected = translator.translate_batch(texts, source=["fra_Latn", "fra_Latn"])
     assert translator.translate_batch(texts, source="fra_Latn") == expected
@@ -73,7 +73,7 @@ def test_no_texts_give_no_translations(translator, source):
     assert translator.translate_batch([], source=source, num_beams=4) == []
 
 
-def test_a_batch_that_is_none(translator):
+def test_a_malformed_batch_is_refused(translator):
     with pytest.raises(ValueError, match="2 source languages for 1 texts: give one for all, or one for each"):
         translator.translate_batch(["a"], source=["fra_Latn", "und"])
     with pytest.raises(ValueError, match="texts is a single string"):
@@ -92,7 +92,7 @@ def test_any_text_gives_a_string(translator, text):
     assert isinstance(translator.translate(text, max_new_tokens=8), str)
 
 
-def test_unknown_language_names_near_ones(translator):
+def test_an_unknown_language_suggests_similar_ones(translator):
     with pytest.raises(UnknownLanguageError, match=r"did you mean.*eng_Latn"):
         translator.translate("a", target="english")
 
@@ -108,7 +108,7 @@ def test_a_language_that_the_model_was_never_trained_to_write(translator):
         translator.translate("in 3 days", target="fra_Latn")
 
 
-def test_where_the_targets_are_not_known_any_language_is_tried(translator, tmp_path):
+def test_any_language_is_tried_if_the_targets_are_unknown(translator, tmp_path):
     replace(translator, targets=None).save_pretrained(tmp_path)
     again = TextTranslator.from_pretrained(tmp_path, "cpu")
     assert again.targets is None
@@ -140,7 +140,7 @@ def test_save_and_load_give_the_same_model(translator, tmp_path):
 
 
 def test_transformers_reads_the_checkpoint(translator):
-    """The files are in the published format: the reference gives the same logits."""
+    """The files are in the published format: `transformers` computes the same logits."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.NllbMoeForConditionalGeneration.from_pretrained(
         SHIPPED, attn_implementation="eager", dtype=torch.float32
@@ -163,7 +163,7 @@ def test_transformers_generates_to_the_end_as_the_folder_says(translator):
     ids = torch.tensor([tokenizer.encode_source(text, "fra_Latn")])
     forced = {"forced_bos_token_id": tokenizer.language_id("eng_Latn")}
     ours = translator.model.generate(ids, **forced)
-    assert ours.shape[1] > 20, "where a folder says nothing, transformers stops after 20 tokens"
+    assert ours.shape[1] > 20, "without a setting in the folder, transformers stops after 20 tokens"
     assert theirs.generate(ids, **forced).tolist() == ours.tolist()
 
 
@@ -190,7 +190,7 @@ class TestDamage:
             load_pretrained(copy)
 
     @pytest.mark.parametrize("field", ["num_experts", "encoder_layers", "encoder_ffn_dim"])
-    def test_a_configuration_of_a_giant(self, copy, field):
+    def test_a_configuration_of_a_huge_model(self, copy, field):
         """It is refused before it takes any memory."""
         path = copy / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), field: 10**9}), encoding="utf-8")
@@ -248,7 +248,7 @@ class TestCommandLine:
         assert done.returncode == 1
         assert done.stderr.startswith("Error: there is no NVIDIA GPU")
 
-    def test_a_target_that_the_model_does_not_write(self):
+    def test_a_target_outside_the_models_languages(self):
         done = self.moe_edu("translate", "--to", "fra_Latn", "in 3 days")
         assert done.returncode == 1
         assert "it writes eng_Latn (English)" in done.stderr

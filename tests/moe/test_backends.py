@@ -1,4 +1,4 @@
-"""Which back end is chosen, that it runs, and that PyTorch's grouped product takes what is chosen for it."""
+"""Which back end is chosen, that it runs, and that PyTorch's grouped product accepts the widths chosen for it."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ CUDA = torch.device("cuda")
 
 
 def make_layer(d_model: int, ffn_dim: int, backend: str = "auto", **fields) -> SparseMLP:
-    """Odd widths are welcome: one attention head divides them all."""
+    """A layer of any width, even or odd: one attention head divides them all."""
     heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
     return SparseMLP(MoEConfig(d_model=d_model, num_experts=E, **heads, **fields), ffn_dim, backend)
 
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A GPU of compute capability 9.0, as far as the choice can see."""
+    """To the code that chooses, this machine's GPU has compute capability 9.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
@@ -51,7 +51,7 @@ class TestExplain:
         assert moe_edu.explain_backend(layer) == moe_edu.explain_backend(layer.experts)
         assert "float64" in moe_edu.explain_backend(layer.double()).reason
 
-    def test_a_model_whose_layers_run_the_same(self, tiny_config):
+    def test_a_model_whose_layers_agree(self, tiny_config):
         model = MoETranslator(tiny_config())
         assert moe_edu.explain_backend(model) == moe_edu.explain_backend(model.encoder.layers[1].ffn)
 
@@ -62,7 +62,7 @@ class TestExplain:
             moe_edu.explain_backend(model)
 
     @pytest.mark.parametrize("sparse_step", [0, None])
-    def test_without_experts_says_what_has_some(self, tiny_config, sparse_step):
+    def test_a_module_without_experts_is_refused(self, tiny_config, sparse_step):
         if sparse_step is None:
             module = FeedForward(tiny_config(), 5)
         else:
@@ -113,7 +113,7 @@ def test_a_back_end_that_does_not_exist_is_refused():
 
 
 class TestRoom:
-    """Padding must not take memory as E * T * D does."""
+    """Padding must not take memory that grows as E * T * D."""
 
     @pytest.fixture(autouse=True)
     def an_older_gpu(self, monkeypatch):
@@ -134,7 +134,7 @@ class TestRoom:
 
 
 def test_what_is_explained_is_what_runs(monkeypatch):
-    """Under autocast, too, whose dtype is not the weights'; and with the room that the router gives."""
+    """This holds under autocast, too, whose dtype is not the weights', and for the capacity that the router sets."""
     asked = []
 
     def remember(device, dtype, shape, rows, capacity):
@@ -150,14 +150,14 @@ def test_what_is_explained_is_what_runs(monkeypatch):
     assert asked == [(torch.bfloat16, shape, 20, 1000), (torch.float32, shape, 0, 0)]
 
 
-def test_reasons_are_made_for_readers_only(monkeypatch):
-    monkeypatch.setattr("moe_edu.moe.experts.explain_choice", lambda *_: pytest.fail("a reason was made"))
-    monkeypatch.setattr("moe_edu.moe.experts.Obstacle.__str__", lambda _: pytest.fail("a reason was made"))
+def test_a_forward_pass_formats_no_reason(monkeypatch):
+    monkeypatch.setattr("moe_edu.moe.experts.explain_choice", lambda *_: pytest.fail("formatted a reason"))
+    monkeypatch.setattr("moe_edu.moe.experts.Obstacle.__str__", lambda _: pytest.fail("formatted a reason"))
     make_layer(4, 6)(torch.randn(2, 5, 4))
 
 
 class TestWithoutMemory:
-    """Tensors without memory take the steps of a GPU: PyTorch checks strides, and no value can be read."""
+    """Tensors without memory run the same code as on a GPU: PyTorch checks strides, and no value can be read."""
 
     def step(self, layer: SparseMLP, tokens: int) -> None:
         """Forward and backward, with the expanded gradient that a sum sends back."""
@@ -168,7 +168,7 @@ class TestWithoutMemory:
 
     @pytest.mark.parametrize("widths", [(24, 16), (24, 20), (20, 16), (17, 16)])
     @pytest.mark.parametrize("tokens", [0, 1, 7])
-    def test_pytorch_takes_just_the_widths_that_are_chosen_for_it(self, widths, tokens, hopper):
+    def test_pytorch_accepts_exactly_the_widths_chosen_for_it(self, widths, tokens, hopper):
         ffn_dim, d_model = widths
         layer = make_layer(d_model, ffn_dim, "grouped_mm", moe_token_dropout=0.2).bfloat16()
         if grouped_mm_obstacle(CUDA, torch.bfloat16, (E, *widths)) is None:
@@ -183,7 +183,7 @@ class TestWithoutMemory:
         layer = make_layer(16, 24, backend, moe_token_dropout=0.2, second_expert_policy=policy)
         self.step(layer.bfloat16(), 7)
 
-    def test_one_product_an_expert_does(self):
-        """So the test above would notice."""
+    def test_one_product_per_expert_does(self):
+        """This shows that the test above can fail."""
         with pytest.raises(DataDependentOutputException):
             self.step(make_layer(16, 24, "grouped").bfloat16(), 7)

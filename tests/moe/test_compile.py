@@ -1,10 +1,10 @@
-"""torch.compile takes the whole sparse layer in one graph, and keeps it when the number of tokens changes."""
+"""torch.compile makes one graph of the whole sparse layer, and reuses it when the number of tokens changes."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch._dynamo  # now: it would take a test's stand-in for a GPU, if there is one when it is imported, for the GPU
+import torch._dynamo  # imported here, since during a test it would take the test's fake GPU for a real one
 
 from moe_edu.config import MoEConfig
 from moe_edu.moe import experts
@@ -26,15 +26,15 @@ FIELDS = {
 
 
 BACKENDS = ["padded", "grouped_mm", "auto 8.0", "auto 9.0"]
-# The router knows nothing of the back end: each meets the other's hardest case, not every one.
+# The router does not depend on the back end: each is tested with the other's hardest case only.
 PAIRS = [("padded", name) for name in FIELDS] + [(name, "noise") for name in BACKENDS[1:]]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """The back ends that GPUs run, which the CPU can compute as well.
+    """One of the back ends that GPUs run, or the one that a GPU of the given compute capability chooses.
 
-    Or what a GPU of that compute capability chooses.
+    The CPU can compute all of them.
     """
     name, _, capability = request.param.partition(" ")
     if name == "auto":
@@ -58,7 +58,7 @@ def make_layer(backend: str, training: bool, **fields) -> SparseMLP:
         init_std=0.5,
         **{"moe_token_dropout": 0.0} | fields,
     )
-    # While it is traced, PyTorch's grouped product takes bf16 only.
+    # While being traced, PyTorch's grouped product accepts bf16 only.
     dtype = torch.float32 if backend == "padded" else torch.bfloat16
     return SparseMLP(config, F, backend).to(dtype).train(training)
 
@@ -98,7 +98,7 @@ def test_one_graph_serves_every_number_of_tokens(backend, fields, training):
 
 
 def test_without_a_hint_the_second_graph_serves_them_all(backend):
-    """torch.compile first takes each size for fixed, and learns from the second that it is not."""
+    """torch.compile first assumes that a size is fixed, and learns from a second size that it is not."""
     layer = make_layer(backend, training=True)
     graphs = []
 
@@ -114,7 +114,7 @@ def test_without_a_hint_the_second_graph_serves_them_all(backend):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_cpu_layer_computes_the_same_compiled(training):
-    """Its loop over the experts needs their numbers of rows, which breaks the graph and changes no value."""
+    """Its loop over the experts reads their row counts, which breaks the graph but changes no value."""
     layer = make_layer("auto", training)
     compiled = torch.compile(layer, backend="eager")
     for sentence_length in (7, 12):

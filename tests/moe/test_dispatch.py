@@ -1,4 +1,4 @@
-"""Dispatch and combine: drawn layouts, inverse permutations, and the dense GShard form."""
+"""Dispatch and combine: the documented layout, inverse permutations, and GShard's dense form."""
 
 import torch
 from hypothesis import given
@@ -10,7 +10,7 @@ from moe_edu.moe.routing import top2_gating
 
 @st.composite
 def routed_tokens(draw):
-    """Routing of T tokens with drops and pads, and hidden states `[T, D]` in float64."""
+    """Routing of T tokens with dropped choices and padding, and hidden states `[T, D]` in float64."""
     T, E, D = draw(st.integers(0, 12)), draw(st.integers(1, 6)), draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     logits = torch.randn(T, E, generator=generator, dtype=torch.float64)
@@ -19,8 +19,8 @@ def routed_tokens(draw):
     return routing, torch.randn(T, D, generator=generator, dtype=torch.float64)
 
 
-def test_drawn_layout():
-    """The layout of the module's docstring: two tokens, two experts, t1's second choice dropped."""
+def test_layout_of_a_small_example():
+    """Two tokens, two experts, and both second choices dropped."""
     routing = top2_gating(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), capacity=1)
     assert routing.expert_index.tolist() == [[1, 0], [0, 1]]
     assert routing.kept.tolist() == [[True, False], [True, False]]
@@ -67,7 +67,7 @@ def test_there_and_back_multiplies_by_the_sum_of_gates(case):
 
 @given(routed_tokens())
 def test_equals_the_dense_form(case):
-    """Each expert multiplies by its own number, so a row at the wrong expert shows."""
+    """Each expert multiplies by a different number, which reveals a row at the wrong expert."""
     routing, hidden = case
     E = routing.num_experts
     factor = torch.arange(1.0, E + 1, dtype=hidden.dtype)
@@ -100,7 +100,7 @@ def test_gradients_equal_those_of_the_dense_form(case):
     gradients = []
     for form in (sparse, dense):
         h, w = hidden.clone().requires_grad_(), routing.combine_weights.clone().requires_grad_()
-        # The gates of choices that were not kept are zero and stay so: they have no gradient of interest.
+        # The gates of choices that were not kept are always zero, so their gradient does not matter.
         gradients.append(torch.autograd.grad((form(h, w * routing.kept) * upstream).sum(), (h, w)))
     torch.testing.assert_close(*gradients)
 

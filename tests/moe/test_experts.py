@@ -1,4 +1,4 @@
-"""Each back end against the slow loop, forward and in every gradient; the whole sparse layer likewise."""
+"""Each back end, and the whole sparse layer, compared with the loops: outputs and every gradient."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 
 def make_config(E: int, D: int, **fields) -> MoEConfig:
-    """Odd widths are welcome: one attention head divides them all."""
+    """A layer of any width, even or odd: one attention head divides them all."""
     return MoEConfig(
         d_model=D,
         encoder_attention_heads=1,
@@ -47,7 +47,7 @@ def run(hidden: torch.Tensor, routing: RouterOutput, experts: Experts) -> torch.
 
 
 def assert_close(actual, expected, tolerance=1e-10):
-    """Compare with one scale for the tensor, as rounding in sums demands."""
+    """Compare relative to the tensor's largest element, as rounding in sums requires."""
     scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
     torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=0, atol=tolerance * scale)
 
@@ -80,7 +80,7 @@ class TestBackends:
 
         upstream = torch.ones(()) if expand else torch.randn(T, D, generator=generator, dtype=torch.float64)
         actual_grads, expected_grads = (
-            # Adding zero times each leaf gives those that the loop never touched a gradient of zero.
+            # Adding zero times each leaf gives a zero gradient to the leaves that the loop never used.
             torch.autograd.grad((output * upstream).sum() + sum(0 * leaf.sum() for leaf in leaves), leaves)
             for output in (actual, expected)
         )
@@ -104,11 +104,11 @@ class TestBackends:
         assert torch.autograd.gradcheck(layer, (hidden, *parameters.values()))
 
     def test_each_expert_that_is_routed_to_runs_and_learns(self, backend):
-        """Release 5.x of the reference runs experts 0 and 1 only, whatever the router says."""
+        """Release 5.x of `transformers` runs experts 0 and 1 only, whatever the router chose."""
         E, D = 6, 5
         generator = torch.Generator().manual_seed(0)
         experts = make_experts(make_config(E, D), 7, backend, generator)
-        pairs = [(0, 1), (1, 2), (2, 4), (4, 5), (5, 0)]  # nobody chooses expert 3
+        pairs = [(0, 1), (1, 2), (2, 4), (4, 5), (5, 0)]  # no token chooses expert 3
         hidden = torch.randn(len(pairs), D, generator=generator, dtype=torch.float64)
         logits = torch.zeros(len(pairs), E, dtype=torch.float64)
         for t, (first, second) in enumerate(pairs):
@@ -177,12 +177,12 @@ class TestBackends:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_sparse_layer_equals_the_float64_loop(self, backend, dtype):
-        """Routing is shared: near-ties may fall differently in another precision."""
+        """Both use the same routing, since near-ties may be decided differently in another precision."""
         check_layer(SparseMLP(make_config(5, 9, expert_capacity=3), 11, backend), dtype, "cpu")
 
 
 def check_layer(layer: SparseMLP, dtype: torch.dtype, device: str) -> None:
-    """Outputs and every gradient of `layer` in `dtype` against the loop over float64 copies."""
+    """Compare outputs and every gradient of `layer` in `dtype` with the loop over float64 copies."""
     torch.manual_seed(0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -219,8 +219,8 @@ def test_activation_dropout_acts_in_training_only(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_nobody_come_back_finite_and_get_no_gradient(backend):
-    """Rows behind the last expert's belong to choices that were not kept."""
+def test_rows_without_an_expert_have_finite_outputs_and_no_gradient(backend):
+    """Rows after the last expert's belong to choices that were not kept."""
     experts = Experts(make_config(2, 4), 3, backend)
     rows = torch.randn(5, 4, requires_grad=True)
     outputs = experts(rows, torch.tensor([2, 1]), 2)
@@ -243,7 +243,7 @@ def test_auto_picks_a_back_end_that_exists():
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 3, 5, 14])
 def test_inference_in_portions_gives_the_same(rows_at_once, monkeypatch):
-    """Whether an expert's rows are cut, or several experts share a portion."""
+    """This holds whether an expert's rows are cut or several experts share a portion."""
     monkeypatch.setattr("moe_edu.moe.experts._ROWS_AT_ONCE", rows_at_once)
     experts = Experts(make_config(5, 4), 6, "grouped").double()
     rows = torch.randn(15, 4, dtype=torch.float64)
@@ -256,7 +256,7 @@ def test_inference_in_portions_gives_the_same(rows_at_once, monkeypatch):
 
 
 class TestLargeGradients:
-    """Gradients of 32 MiB and more lie in memory that is used again."""
+    """Gradients of 32 MiB and more use memory that is kept from step to step."""
 
     @pytest.fixture(autouse=True)
     def every_size_is_large(self, monkeypatch):
@@ -267,7 +267,7 @@ class TestLargeGradients:
         check_layer(SparseMLP(make_config(5, 9, expert_capacity=3), 11, "grouped"), dtype, "cpu")
 
     def test_every_step_has_its_own_gradient(self):
-        """Freed, accumulated and kept gradients, step after step, as those of the plain loop."""
+        """Freed, accumulated and kept gradients equal those of the plain loop, step after step."""
         layers = [SparseMLP(make_config(5, 9), 11, backend) for backend in ("grouped", "loop")]
         layers[1].load_state_dict(layers[0].state_dict())
         generator, kept = torch.Generator().manual_seed(0), []
@@ -285,7 +285,7 @@ class TestLargeGradients:
             assert torch.equal(gradient, copy_of_it)
 
     def test_a_gradient_is_taken_over_without_a_copy(self, monkeypatch):
-        """Else the pages would be written twice."""
+        """Otherwise the memory would be written twice."""
         made = []
 
         def remember(pages, weight, make=GradientPages.empty_like):
@@ -336,8 +336,8 @@ def test_cuda_forward_does_not_synchronise(dtype, backend, training):
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def test_cuda_grouped_form_equals_the_loop_where_rows_belong_to_nobody():
-    """Its maths, run on the CPU: rows behind the last expert's reach neither the output nor any gradient."""
+def test_cuda_grouped_form_equals_the_loop_for_rows_without_an_expert():
+    """Its maths, run on the CPU: rows after the last expert's affect neither the output nor any gradient."""
     generator = torch.Generator().manual_seed(0)
     experts = make_experts(make_config(E=3, D=8), 16, "loop", generator).float()
     counts = torch.tensor([2, 0, 3])

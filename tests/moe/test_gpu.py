@@ -1,4 +1,4 @@
-"""What the layer promises on a GPU. `python -m pytest -m gpu` runs these; `moe-edu bench gpu` prints the table."""
+"""The layer's promises on a GPU. `python -m pytest -m gpu` runs these; `moe-edu bench gpu` prints the table."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_sizes_are_those_of_the_table():
 
 
 def test_every_size_of_the_table_is_compiled():
-    """Without a limit to how many layers a process may compile."""
+    """No limit stops a process from compiling one layer after another."""
     compiled = gpu_contenders("eager")["moe_edu, compiled"]
     for d_model in range(4, 4 + len(gpu_sizes()) * len(DTYPES)):
         size = LayerSize(tokens=8, experts=3, d_model=d_model, ffn_dim=8, tight=True)
@@ -65,7 +65,7 @@ def test_every_size_of_the_table_is_compiled():
 
 
 class TestChecksOnTheCPU:
-    """What needs no GPU is checked here as it is there."""
+    """Checks that need no GPU run here in the same way."""
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_one_graph(self, dtype):
@@ -82,8 +82,8 @@ class TestChecksOnTheCPU:
         with pytest.raises(torch._dynamo.exc.RecompileError):
             check_one_graph("eager", layer, hidden)
 
-    def test_what_is_not_kept_is_told(self):
-        """The CPU's loop over the experts reads their numbers of rows, which breaks the graph."""
+    def test_a_broken_promise_is_reported(self):
+        """The CPU's loop over the experts reads their row counts, which breaks the graph."""
         outcomes = {
             check.backend: check.outcome for check in run_checks(SIZE, torch.bfloat16, "cpu", "eager")
         }

@@ -1,4 +1,4 @@
-"""A pass without gradients holds K * T * D numbers a few times over, whatever E is: counted, not measured."""
+"""A pass without gradients holds a small multiple of K * T * D numbers, whatever E is: counted, not measured."""
 
 import weakref
 
@@ -13,7 +13,7 @@ K = 2
 
 
 class PeakOfLiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make and that are alive, and remembers the most there were."""
+    """Counts the bytes of all storages that operations allocated and that are alive, and remembers their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def tensors_in(values) -> list[torch.Tensor]:
 
 
 def peak_bytes(E: int, T: int, D: int, F: int = 32) -> int:
-    """Of one inference of a sparse layer, its routing included."""
+    """The peak of one inference of a sparse layer, including its routing."""
     config = MoEConfig(
         d_model=D, encoder_ffn_dim=F, encoder_attention_heads=1, decoder_attention_heads=1, num_experts=E
     )
@@ -48,7 +48,7 @@ def peak_bytes(E: int, T: int, D: int, F: int = 32) -> int:
     return counter.peak
 
 
-def test_the_count_sees_what_lives_at_the_same_time():
+def test_the_count_covers_what_is_alive_at_the_same_time():
     with PeakOfLiveBytes() as counter:
         one = torch.zeros(1000)
         two = one + 1  # 8,000 bytes
@@ -63,7 +63,7 @@ def test_the_count_sees_what_lives_at_the_same_time():
 
 @pytest.mark.parametrize(("E", "T", "D"), [(4, 512, 128), (64, 512, 128), (4, 2048, 128), (4, 512, 512)])
 def test_a_few_times_the_rows(E, T, D):
-    """The rows, their outputs and the mixed result, and little beside: the reference holds E * T * D."""
+    """The rows, their outputs and the mixed result, and little else: `transformers` holds E * T * D."""
     assert peak_bytes(E, T, D) < 4 * (K * T * D) * torch.float32.itemsize
 
 

@@ -1,4 +1,4 @@
-"""What `transformers` 4.57.6 gets wrong about the losses, beside what ours does; more in test_reference_defects.py."""
+"""Faults in the losses of `transformers` 4.57.6, compared with ours; more in test_reference_defects.py."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def gradient(value: Tensor, wrt: Tensor) -> Tensor:
 
 
 class TestDefectsOfTheReference:
-    """`transformers` 4.57.6 on the left, ours on the right; `REFERENCE_CONFIG` has E = 4."""
+    """`transformers` 4.57.6 first, then ours; `REFERENCE_CONFIG` has E = 4."""
 
     def test_balancing_loss_sees_every_sparse_layer(self):
         E, T = 4, 8
@@ -69,7 +69,7 @@ class TestDefectsOfTheReference:
 
     @pytest.mark.parametrize("reason", ["padded", "dropped"])
     def test_tokens_without_an_expert_are_not_counted_for_expert_zero(self, reason):
-        """Every token prefers expert 1, then 2; half are pads, or find no room. Nobody chooses expert 0."""
+        """Every token prefers expert 1, then 2; half are padding, or find no room. No token chooses expert 0."""
         T, E = 8, 4
         capacity = T if reason == "padded" else T // 2
         padding = torch.arange(T) >= T // 2 if reason == "padded" else torch.zeros(T, dtype=torch.bool)

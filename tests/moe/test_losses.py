@@ -1,4 +1,4 @@
-"""Losses against known values, closed forms, a slow form, and the defects of the reference."""
+"""Losses compared with known values, closed forms, and loops."""
 
 import math
 
@@ -30,7 +30,7 @@ quick = settings(max_examples=50, deadline=None)
 
 
 def t5x_cross_entropy(logits, targets, weights, label_smoothing, z_loss, factor, segment_ids=None):
-    """`weighted_cross_entropy` the obvious way: explicit soft targets, a loop over sequences."""
+    """`weighted_cross_entropy` in its obvious form: explicit soft targets, and a loop over sequences."""
     V = logits.shape[-1]
     confidence, low = 1 - label_smoothing, label_smoothing / (V - 1)
     soft_targets = torch.full_like(logits, low).scatter(-1, targets[..., None], confidence)
@@ -87,7 +87,7 @@ def gradient(value: Tensor, wrt: Tensor) -> Tensor:
 
 @st.composite
 def batches(draw):
-    """logits [B, S, V] fp64, targets, weights with zeros, packed segment ids with pads at the end."""
+    """logits [B, S, V] fp64, targets, weights with zeros, packed segment ids with padding at the end."""
     B, S, V = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(2, 7))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     logits = 3 * torch.randn(B, S, V, generator=generator, dtype=torch.float64)
@@ -116,7 +116,7 @@ def routed_batches(draw):
 class TestWeightedCrossEntropy:
     @quick
     @given(batches(), st.sampled_from([0.0, 0.1, 0.9]), st.sampled_from([0.0, 0.3]), st.sampled_from(FACTORS))
-    def test_agrees_with_the_slow_form(self, batch, label_smoothing, z_loss, factor):
+    def test_agrees_with_the_loops(self, batch, label_smoothing, z_loss, factor):
         logits, targets, weights, segment_ids = batch
         for segments in (None, segment_ids):
             arguments = (logits, targets, weights, label_smoothing, z_loss, factor, segments)
@@ -128,7 +128,7 @@ class TestWeightedCrossEntropy:
     @quick
     @given(batches(), st.sampled_from([0.05, 0.1, 0.4]))
     def test_agrees_with_torch_once_the_smoothing_is_converted(self, batch, label_smoothing):
-        """torch shares the mass among all V classes, T5X among the other V-1."""
+        """PyTorch shares the mass among all V classes, T5X among the other V-1."""
         logits, targets, _, _ = batch
         V = logits.shape[-1]
         low = label_smoothing / (V - 1)
@@ -141,7 +141,7 @@ class TestWeightedCrossEntropy:
 
     def test_t5x_known_value(self):
         result = weighted_cross_entropy(T5X_LOGITS, T5X_TARGETS, T5X_WEIGHTS)
-        assert result.total.item() == pytest.approx(5.0380305, abs=1e-6)  # 5.0590305 less the router terms
+        assert result.total.item() == pytest.approx(5.0380305, abs=1e-6)  # 5.0590305 minus the router terms
         assert result.weight_sum.item() == 5
         assert result.z_loss.item() == 0
 
@@ -159,7 +159,7 @@ class TestWeightedCrossEntropy:
         targets = torch.randint(V, (2, 5), generator=torch.Generator().manual_seed(0))
         soft = torch.full((2, 5, V), label_smoothing / (V - 1), dtype=torch.float64)
         soft.scatter_(-1, targets[..., None], 1 - label_smoothing)
-        logits = soft.log().requires_grad_()  # without smoothing, -inf everywhere but at the target
+        logits = soft.log().requires_grad_()  # without smoothing, -inf everywhere except at the target
         total = weighted_cross_entropy(logits, targets, torch.ones(2, 5), label_smoothing).total
         assert total.item() == pytest.approx(0, abs=1e-12)
         assert gradient(total, logits).abs().max() < 1e-12
@@ -292,7 +292,7 @@ class TestWeightedCrossEntropy:
 class TestRouterLosses:
     @quick
     @given(routed_batches(), st.sampled_from(["first", "all"]))
-    def test_load_balancing_loss_agrees_with_the_slow_form(self, batch, choices):
+    def test_load_balancing_loss_agrees_with_the_loops(self, batch, choices):
         logits, expert_index, padding = batch
         probs = logits.softmax(-1)
         fast = load_balancing_loss(probs, expert_index, padding, choices)
@@ -302,7 +302,7 @@ class TestRouterLosses:
 
     @quick
     @given(routed_batches())
-    def test_router_z_loss_agrees_with_the_slow_form(self, batch):
+    def test_router_z_loss_agrees_with_the_loops(self, batch):
         logits, _, padding = batch
         fast, slow = router_z_loss(logits, padding), slow_router_z_loss(logits, padding)
         torch.testing.assert_close(fast, slow)
@@ -314,7 +314,7 @@ class TestRouterLosses:
         logits, expert_index, padding = batch
         garbage = logits.detach().masked_fill(padding[:, None], math.inf).requires_grad_()
         probs = garbage.softmax(-1).nan_to_num(nan=9.0)
-        expert_index = expert_index.masked_fill(padding[:, None], 0)  # even a choice on record is not counted
+        expert_index = expert_index.masked_fill(padding[:, None], 0)  # even a recorded choice is not counted
         real = logits[~padding]
         torch.testing.assert_close(
             load_balancing_loss(probs, expert_index, padding, choices),
@@ -327,7 +327,7 @@ class TestRouterLosses:
         assert not grad[padding].any()
 
     @pytest.mark.parametrize("E", [2, 3, 8])
-    def test_balance_is_one_when_even_and_e_at_collapse(self, E):
+    def test_balance_is_one_when_even_and_e_when_collapsed(self, E):
         probs = torch.full((2 * E, E), 1 / E)
         first = torch.arange(2 * E) % E
         even = torch.stack([first, (first + 1) % E], dim=1)
@@ -349,7 +349,7 @@ class TestRouterLosses:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_inputs_are_summed_in_fp32(self, dtype):
-        """400 squared passes fp16's largest number, and a bf16 mean of 4096 rows would lose most of them."""
+        """400 squared exceeds fp16's largest number, and a bf16 mean of 4096 rows would lose most of them."""
         logits = torch.full((4096, 2), 400.0, dtype=dtype, requires_grad=True)
         z_loss = router_z_loss(logits)
         assert z_loss.dtype == torch.float32
@@ -469,7 +469,7 @@ class TestMoELoss:
             moe_loss(T5X_LOGITS, T5X_TARGETS, expert_metrics=[layer()], **{name: value})
 
     def test_compiles_to_one_graph(self):
-        """A graph without breaks holds no branch on data and no `.item()`."""
+        """A graph without breaks contains no branch on data and no `.item()`."""
 
         def step(router_logits, logits, targets, padding, segment_ids):
             routing = top2_gating(router_logits, capacity=3, padding=padding)

@@ -1,4 +1,4 @@
-"""Router metrics against a slow form, worked examples, and the defects of the reference."""
+"""Router metrics compared with loops, worked examples, and a defect of `transformers`."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def layer(auxiliary_loss=0.2, router_z=0.1, left_behind=0.1, usage=0.9, confiden
 
 
 def slow_statistics(routing: RouterOutput) -> tuple[float, float, float]:
-    """fraction_tokens_left_behind, expert_usage and router_confidence, one token at a time."""
+    """fraction_tokens_left_behind, expert_usage and router_confidence, computed one token at a time."""
     real = [t for t in range(routing.num_tokens) if routing.padding is None or not routing.padding[t]]
     kept = [(t, k) for t in real for k in range(routing.kept.shape[1]) if routing.kept[t, k]]
     carried = {t for t, _ in kept}
@@ -52,7 +52,7 @@ def routings(draw) -> RouterOutput:
 class TestExpertMetrics:
     @settings(max_examples=60, deadline=None)
     @given(routings(), st.sampled_from(["first", "all"]))
-    def test_agrees_with_the_slow_form(self, routing, choices):
+    def test_agrees_with_the_loops(self, routing, choices):
         metrics = ExpertMetrics.from_routing(routing, choices)
         assert metrics[2:] == pytest.approx(slow_statistics(routing))
         expected = load_balancing_loss(routing.probs, routing.expert_index, routing.padding, choices)
@@ -62,7 +62,7 @@ class TestExpertMetrics:
         assert all(0 <= value <= 1 for value in metrics[2:])
 
     def test_worked_example(self):
-        """Three words and a pad; E = 3 experts of C = 1 place, and each word asks for two."""
+        """Three tokens and one of padding; E = 3 experts with C = 1 slot each, and two choices per token."""
         probs = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.1, 0.3], [0.5, 0.4, 0.1], [0.9, 0.1, 0.0]])
         padding = torch.tensor([False, False, False, True])
         metrics = ExpertMetrics.from_routing(top2_gating(probs.log(), capacity=1, padding=padding))
@@ -100,8 +100,8 @@ class TestExpertMetrics:
         assert [value.requires_grad for value in metrics] == [True, True, False, False, False]
 
     def test_a_choice_whose_gate_underflows_still_counts_as_routed(self):
-        """exp(-200) is 0 in fp32. The reference infers routing from gates above 0 and loses the choice."""
-        from transformers import NllbMoeConfig  # here: the GPU tests of this file do without
+        """exp(-200) is 0 in fp32. `transformers` infers routing from gates above 0 and loses the choice."""
+        from transformers import NllbMoeConfig  # imported here, since this file's GPU tests do not need it
         from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 
         logits = torch.tensor([[200.0, 0.0, -1.0, -2.0]])
@@ -180,7 +180,7 @@ class TestSummary:
             }
         )
 
-    def test_cross_entropy_is_the_total_less_every_other_term(self):
+    def test_cross_entropy_is_the_total_minus_every_other_term(self):
         layers = [layer(1.0, 0.0), layer(2.0, 1.0)]
         for metrics in layers:
             metrics.auxiliary_loss.requires_grad_()

@@ -1,7 +1,7 @@
-"""What `transformers` 4.57.6 gets wrong: each defect shown on its code, beside the property of ours that excludes it.
+"""Faults in `transformers` 4.57.6: each is shown in its code, and followed by the property of ours that excludes it.
 
-Defects of the losses are in test_loss_defects.py. Release 5.x runs experts 0 and 1 only, whatever the router chose; it
-cannot be installed beside 4.57.6, so here stands our property alone (also in test_experts.py, for every back end).
+Faults in the losses are in test_loss_defects.py. Release 5.x runs experts 0 and 1 only, whatever the router chose; it
+cannot be installed together with 4.57.6, so only our property is tested (in test_experts.py, for every back end, too).
 """
 
 import pytest
@@ -56,7 +56,7 @@ def hidden_states(seed: int, B: int = 2, S: int = 8) -> Tensor:
     return torch.randn(B, S, D, generator=torch.Generator().manual_seed(seed))
 
 
-# The reference's layer takes its mask flat, or as an additive `[B, 1, S, S]`.
+# The layer of `transformers` takes its mask flat, or as an additive `[B, 1, S, S]`.
 NO_PADDING = torch.zeros(16, dtype=torch.bool)
 
 
@@ -109,11 +109,11 @@ class TestTheOptionalPaddingMask:
 
 
 class TestAMaskTheWrongWayRound:
-    """1 for words, as everywhere in the ecosystem, where True for padding is meant."""
+    """The mask is 1 for real tokens, as everywhere else in the ecosystem, but the layer expects True for padding."""
 
     ATTENTION_MASK = torch.ones(2, 8, dtype=torch.long)
 
-    def test_reference_silently_drops_every_word(self):
+    def test_reference_silently_drops_every_token(self):
         output, _ = reference_layer()(hidden_states(0), self.ATTENTION_MASK.flatten())
         assert not output.any()
 
@@ -147,7 +147,7 @@ class TestAGateThatUnderflows:
 
     @given(seeds, st.integers(1, 8), st.floats(1.0, 1000.0))
     def test_kept_never_depends_on_a_weight(self, seed, capacity, scale):
-        """Scaling the logits keeps their order, so it keeps every decision, also where gates underflow."""
+        """Scaling the logits keeps their order, so it keeps every decision, even where gates underflow."""
         logits = torch.randn(8, E, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         plain, scaled = (top2_gating(x, capacity=capacity) for x in (logits, scale * logits))
         assert torch.equal(scaled.kept, plain.kept)
@@ -173,7 +173,7 @@ class TestTokensWithoutAnExpertAreReportedAsSentToExpertZero:
 
 class TestWhatIsReturnedAsRouterLogits:
     def test_reference_returns_combine_weights(self):
-        """`output_router_logits=True` gives weights: without negatives, at most two a row, each row of sum 1."""
+        """`output_router_logits=True` returns weights: never negative, at most two per row, and each row sums to 1."""
         encoder = NllbMoeEncoder(reference_config()).eval()
         ids = torch.randint(3, 29, (2, 6))
         returned, _ = encoder(ids, output_router_logits=True).router_probs[0]
@@ -201,7 +201,7 @@ class TestExpertOutputMasking:
             for layer in (masked, plain):
                 layer.router.expert_capacity = 10_000
                 for expert in layer.experts.values():
-                    expert.fc2.bias.fill_(10.0)  # no output is zero by chance
+                    expert.fc2.bias.fill_(10.0)  # so that no output is zero by chance
             hidden = hidden_states(0, B=1, S=1).expand(1, 4000, D)
             mask = torch.zeros(4000, dtype=torch.bool)
             full = plain.eval()(hidden, mask)[0][0, 0]
@@ -209,14 +209,14 @@ class TestExpertOutputMasking:
             masked.router.expert_capacity = 10_000
             in_training = masked.train()(hidden, mask)[0][0]
         torch.testing.assert_close(in_eval, (1 - self.P) * full)
-        torch.testing.assert_close(in_training.mean(0), full, rtol=0.05, atol=0)  # not in_eval
+        torch.testing.assert_close(in_training.mean(0), full, rtol=0.05, atol=0)  # the mean is `full`, not `in_eval`
         partly = ((in_training == 0).sum(-1) > 0) & ((in_training == 0).sum(-1) < D)
-        assert partly.any(), "a row that is masked in part"
+        assert partly.any(), "some row is partly masked"
 
     @settings(max_examples=20)
     @given(seeds)
     def test_ours_drops_whole_rows_without_rescaling(self, tiny_config, seed):
-        """With one choice a token, each output is the full value or zero."""
+        """With one choice per token, each output is the full value or zero."""
         masked = SparseMLP(tiny_config(moe_token_dropout=self.P, num_experts=1, expert_capacity=99))
         plain = SparseMLP(tiny_config(num_experts=1, expert_capacity=99))
         plain.load_state_dict(masked.state_dict())
@@ -230,7 +230,7 @@ class TestExpertOutputMasking:
 
 
 class TestGradientCheckpointing:
-    """Older releases returned hidden states as routing; 4.57.6 no longer does, and this holds both to it."""
+    """Older releases returned hidden states as routing; 4.57.6 no longer does, and neither do we."""
 
     @pytest.mark.parametrize("which", ["reference", "ours"])
     def test_routing_is_routing(self, tiny_config, which):
@@ -261,7 +261,7 @@ class TestDropoutOnTheResidual:
 
 @given(seeds)
 def test_every_expert_that_is_chosen_runs(tiny_config, seed):
-    """Release 5.x of the reference runs experts 0 and 1 only."""
+    """Release 5.x of `transformers` runs experts 0 and 1 only."""
     generator = torch.Generator().manual_seed(seed)
     layer = SparseMLP(tiny_config(num_experts=8)).eval()
     output, routing = layer(hidden_states(seed, S=20))

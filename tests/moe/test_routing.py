@@ -1,4 +1,4 @@
-"""The router: invariants, edge cases, policies, and agreement with the slow loop."""
+"""The router: invariants, edge cases, policies, and agreement with the loops."""
 
 import math
 
@@ -60,7 +60,7 @@ class TestAgainstTheLoop:
         assert_same_routing(routing, expected)
         upstream = torch.randn(routing.combine_weights.shape, generator=seeded(seed), dtype=torch.float64)
         for result, leaf in ((routing, fast), (expected, slow)):
-            # The loop's gates depend on no logit where nothing is kept; the sum gives it a gradient of zero.
+            # If nothing is kept, the loop's gates depend on no logit; adding zero times the sum gives a zero gradient.
             ((result.combine_weights * upstream).sum() + 0 * leaf.sum()).backward()
         torch.testing.assert_close(fast.grad, slow.grad)
 
@@ -72,7 +72,7 @@ class TestAgainstTheLoop:
 
     @given(gating_cases())
     def test_queue_positions_are_cumulative_sums(self, case):
-        """GShard's definition: a running count over one-hot rows, seconds behind the number of firsts."""
+        """GShard's definition: a running count over one-hot rows, with second choices after all first ones."""
         logits, options = case
         E = logits.shape[1]
         index = top2_gating(logits, **options).expert_index
@@ -96,7 +96,7 @@ class TestInvariants:
         routing = top2_gating(case[0], **case[1])
         counts = count_per_expert(routing.expert_index.where(routing.kept, -1), routing.num_experts)
         assert (counts <= routing.capacity).all()
-        # Nobody is turned away while there is room.
+        # No choice is turned away while there is room.
         wanted = count_per_expert(routing.expert_index, routing.num_experts)
         assert torch.equal(counts, wanted.clamp(max=routing.capacity))
 
@@ -108,8 +108,8 @@ class TestInvariants:
             assert torch.equal(places, torch.arange(len(places)))
 
     @given(gating_cases())
-    def test_second_choices_start_behind_all_first_choices(self, case):
-        """Also behind first choices that find no room themselves."""
+    def test_second_choices_start_after_all_first_choices(self, case):
+        """They start even after first choices that find no room."""
         routing = top2_gating(case[0], **case[1])
         first, second = routing.expert_index.unbind(1)
         for e in range(routing.num_experts):
@@ -131,7 +131,7 @@ class TestInvariants:
 
     @given(gating_cases())
     def test_gates_sum_to_one_or_zero_after_dropping(self, case):
-        """Also where a probability underflows to zero: a lone survivor gets exactly 1."""
+        """This holds even where a probability underflows to zero: a lone survivor gets exactly 1."""
         logits, options = case
         routing = top2_gating(logits, **options | {"normalize_before_dropping": False})
         sums = routing.combine_weights.sum(1)
@@ -197,7 +197,7 @@ class TestInvariants:
 
 class TestPadding:
     @given(gating_cases(policies=["all"]), st.integers(0, 2**31))
-    def test_pads_choose_nobody_and_change_nobody(self, case, seed):
+    def test_padding_chooses_no_expert_and_changes_no_other_token(self, case, seed):
         logits, options = case
         padding = torch.rand(len(logits), generator=seeded(seed)) < 0.5
         options = options | {"padding": padding}
@@ -216,7 +216,7 @@ class TestPadding:
         torch.testing.assert_close(routing.combine_weights[~padding], without_pads.combine_weights)
 
     @pytest.mark.parametrize("dtype", [torch.long, torch.int, torch.float])
-    def test_a_mask_that_is_not_bool_is_refused_with_the_mend(self, tiny_config, dtype):
+    def test_a_mask_that_is_not_bool_is_refused_and_the_error_says_how_to_fix_it(self, tiny_config, dtype):
         attention_mask = torch.ones(1, 3, dtype=dtype)
         with pytest.raises(ValueError, match="attention_mask == 0"):
             Top2Router(tiny_config())(torch.zeros(1, 3, 8), attention_mask)
@@ -228,7 +228,7 @@ class TestPadding:
         with pytest.raises(ValueError, match=r"must be \[1, 3\]"):
             Top2Router(tiny_config())(torch.zeros(1, 3, 8), torch.zeros(shape, dtype=torch.bool))
 
-    def test_hugging_faces_flag_routes_pads_like_words(self, tiny_config):
+    def test_hugging_faces_flag_routes_padding_like_other_tokens(self, tiny_config):
         hidden = torch.randn(1, 4, 8, generator=seeded(0))
         mask = torch.tensor([[False, False, True, True]])
         router = Top2Router(tiny_config(router_ignore_padding_tokens=True))
@@ -369,7 +369,7 @@ class TestPolicies:
         assert (routing.position[second == 1, 1] == torch.arange(int((second == 1).sum()))).all()
 
     def test_a_rejected_runner_up_loses_its_share_if_normalised_before(self):
-        """As in GShard's algorithm 1 and fairseq's top2gate: g1 / (g1 + g2) is taken first."""
+        """As in GShard's algorithm 1 and fairseq's top2gate, g1 / (g1 + g2) is computed first."""
         probs = torch.tensor([0.8, 0.1, 0.1])
         options = {"capacity": 100, "second_expert_policy": "random", "normalize_before_dropping": True}
         routing = top2_gating(probs.log().expand(100, -1), generator=seeded(0), **options)
@@ -425,7 +425,7 @@ class TestCapacity:
         router = Top2Router(config).train(training)
         assert router(torch.zeros(2, 5, 8)).capacity == expected
 
-    def test_pads_count_towards_capacity(self, tiny_config):
+    def test_padding_counts_towards_capacity(self, tiny_config):
         mask = torch.tensor([[False] * 2 + [True] * 6])
         assert Top2Router(tiny_config())(torch.zeros(1, 8, 8), mask).capacity == 4
 
@@ -457,7 +457,7 @@ class TestRouterPrecision:
 
 
 class TestToolsSeeTheLinearMap:
-    """As they see any `nn.Linear`: it is called as a module."""
+    """It is called as a module, so tools treat it like any `nn.Linear`."""
 
     def test_a_forward_hook_fires(self, tiny_config):
         router, seen = Top2Router(tiny_config()), []
@@ -497,6 +497,6 @@ class TestToolsSeeTheLinearMap:
 
 
 @given(st.lists(st.integers(-1, 5), max_size=20))
-def test_count_per_expert_counts_and_passes_over_minus_one(choices):
+def test_count_per_expert_ignores_minus_one(choices):
     counts = count_per_expert(torch.tensor(choices, dtype=torch.long), 6)
     assert counts.tolist() == [choices.count(e) for e in range(6)]

@@ -1,4 +1,4 @@
-"""The JupyterLab of `moe-edu lab`: sockets that do not wait, in a server without PyTorch."""
+"""The JupyterLab of `moe-edu lab`: its sockets do not wait, and its server loads no PyTorch."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from moe_edu.system.lab import lab_command
 from moe_edu.system.prompt_lab import PromptConnection
 
 
-def test_a_connection_waits_for_no_acknowledgement(monkeypatch):
+def test_a_connection_does_not_wait_for_acknowledgements(monkeypatch):
     steps = []
     monkeypatch.setattr(ZMQChannelsWebsocketConnection, "connect", lambda self: steps.append("connected"))
     handler = create_autospec(KernelWebsocketHandler, instance=True)
@@ -29,12 +29,12 @@ def run(*arguments):
     return subprocess.run(arguments, capture_output=True, text=True, check=True)
 
 
-def test_the_server_takes_it():
+def test_the_server_uses_that_connection():
     shown = json.loads(run(*lab_command(), "--show-config-json").stdout)
     assert shown["ServerApp"]["kernel_websocket_connection_class"] == "__main__.PromptConnection"
 
 
-def test_the_server_has_no_pytorch_in_it():
+def test_the_server_loads_no_pytorch():
     python, file = lab_command()
     imported = run(python, "-X", "importtime", file, "--version").stderr
     assert "jupyterlab.labapp" in imported
@@ -66,7 +66,7 @@ def test_outside_a_clone_it_opens_a_copy(monkeypatch, tmp_path):
     assert (tmp_path / "moe_edu_lessons" / "02_the_router.ipynb").is_file()
 
 
-def test_a_lesson_that_is_not_there_is_answered_with_those_that_are():
+def test_an_unknown_lesson_is_answered_with_the_list_of_lessons():
     done = CliRunner().invoke(cli.main, ["lab", "02"])
     assert done.exit_code == 1
     assert "there is no lesson 02; there are 00_start_here.ipynb, 01_" in done.output

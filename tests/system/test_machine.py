@@ -1,4 +1,4 @@
-"""What a reader is told about their machine."""
+"""What readers learn about their machine."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ LAPTOP = Machine(
 )
 
 
-def test_this_machine_is_this_one():
+def test_describes_this_machine():
     machine = this_machine()
     assert machine.python == platform.python_version()
     assert machine.torch == torch.__version__
@@ -50,7 +50,7 @@ def test_a_container_may_use_less_than_the_machine_has(tmp_path, monkeypatch):
         ({"cores": 1}, "One CPU core is enough"),
         ({"memory_gb": 0.5}, "0.5 GB of memory is little: close other programs"),
         ({"memory_gb": 2.0}, "2.0 GB of memory is enough for one lesson at a time"),
-        ({"memory_gb": None}, "does not say how much memory"),
+        ({"memory_gb": None}, "does not report how much memory"),
         ({"gpu": "Tesla T4", "gpu_memory_gb": 15.8}, "Training will use your Tesla T4, with 16 GB"),
         ({"torch": "2.9.1"}, "PyTorch 2.9.1 is too old: install 2.10 or newer."),
     ],

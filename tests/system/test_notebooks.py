@@ -1,4 +1,4 @@
-"""Where the lessons are found, and what a copy of them replaces: nothing."""
+"""Where the lessons are found, and that copying them replaces no file."""
 
 import pytest
 
@@ -6,13 +6,13 @@ from moe_edu.system import notebooks
 from moe_edu.system.notebooks import FIRST_LESSON, copy_lessons, find_clone
 
 
-def test_a_clone_has_its_own():
+def test_a_clone_has_its_own_lessons():
     assert find_clone() == notebooks._PACKAGE.parent / "notebooks"
 
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """A package that holds two lessons and a picture, outside any clone."""
+    """A package with two lessons and a picture, outside any clone."""
     package = tmp_path / "site-packages" / "moe_edu"
     (package / "notebooks" / "images").mkdir(parents=True)
     for name in (FIRST_LESSON, "01_b.ipynb", "images/a.png"):

@@ -1,4 +1,4 @@
-"""What is missing or too old is said in one line, with what mends it; on Colab and Kaggle, in terms of their menus."""
+"""One line says what is missing or too old and how to fix it; on Colab and Kaggle, it names their menus."""
 
 import re
 from importlib.metadata import PackageNotFoundError
@@ -43,11 +43,11 @@ class TestLacks:
         lacks = find_lacks(["torch>=2.10", "tqdm>=4.66"], installed(torch="2.10"))
         assert lacks == [Lack("tqdm", "4.66", None)]
 
-    def test_ours_are_met_here(self):
+    def test_ours_are_met_in_this_environment(self):
         assert "torch>=2.10" in requirements_of()
         assert find_lacks(requirements_of() + requirements_of("lessons")) == []
 
-    def test_an_extra_is_what_it_adds(self):
+    def test_an_extra_lists_what_it_adds(self):
         assert not [text for text in requirements_of() if re.match("plotly|papermill|moe-edu", text)]
         assert "plotly>=5.24" in requirements_of("lessons")
         assert "torch>=2.10" not in requirements_of("lessons")
@@ -60,7 +60,7 @@ class TestLacks:
 
 
 class TestMissing:
-    def test_is_raised_with_the_command_that_mends_it(self, monkeypatch):
+    def test_the_error_names_the_command_that_fixes_it(self, monkeypatch):
         lacks = [
             [Lack("sacrebleu", "2.5", None), Lack("torch", "2.10", "2.9")],
             [Lack("anywidget", "0.9", None)],
@@ -100,7 +100,7 @@ class TestService:
 
 
 class TestAdvice:
-    def test_all_is_well(self):
+    def test_nothing_to_say(self):
         assert advise(None, [], has_gpu=False) == []
         assert advise(COLAB, [], has_gpu=True) == []
 

@@ -1,4 +1,4 @@
-"""chrF++ and exact match, held to sacrebleu and to cases that can be counted by hand."""
+"""chrF++ and exact match, compared with sacrebleu and with cases that can be counted by hand."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def test_perfect_translations_score_100():
     assert result.sentences == 2
 
 
-def test_is_sacrebleus_chrf_plus_plus():
+def test_agrees_with_sacrebleus_chrf_plus_plus():
     hypotheses, references = ["in 3 day", "2 August"], ["in 3 days", "1 August"]
     expected = CHRF(word_order=2).corpus_score(hypotheses, [references]).score
     assert score(hypotheses, references).chrf == expected

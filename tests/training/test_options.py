@@ -1,4 +1,4 @@
-"""Every option of `moe-edu train` changes what training comes to, or is listed here as one that must not."""
+"""Every option of `moe-edu train` changes the outcome of training, or is listed here as one that must not."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ BASE = {
     "decoder_ffn_dim": 16,
     "num_experts": 4,
 }
-# Each with a value that is not the default, and the options without which it has nothing to act on.
+# Each option has a value that is not its default, and the other options that it needs to have any effect.
 CHANGES = {
     "store": ("float16", {}),
     "test_sentences": (3, {}),
@@ -91,25 +91,25 @@ CHANGES = {
     "elementwise_token_dropout": (True, {"moe_token_dropout": 0.5}),
     "activation_dropout_on_residual": (True, {"dropout": 0.1, "activation_dropout": 0.3}),
 }
-# These say how a run is carried out, and must change nothing.
+# These options control how a run is carried out, and must not change its outcome.
 SAME = {
     "checkpoint_every": (1, {}),
     "gradient_checkpointing": (True, {}),
     "device": ("auto", {}) if not torch.cuda.is_available() else ("cpu", {}),
 }
-# And these are other tests' business.
+# These options are tested elsewhere.
 ELSEWHERE = {
-    "out": "where the results lie: every run here has its own",
-    "corpus": "what is read: every run here is given one",
-    "resume": "goes on with a run: tests/training/test_training.py",
-    "threads": "changes the rounding of sums, and nothing where products are too small to be divided",
+    "out": "the folder of the results: every run here has its own",
+    "corpus": "the corpus to read: every run here is given one",
+    "resume": "continues a run: tests/training/test_training.py",
+    "threads": "changes the rounding of sums, except where products are too small to be divided",
     "processes": "changes nothing: tests/training/test_workers.py",
 }
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """What training with some options comes to, as one number; each is run once."""
+    """A function that trains with the given options and returns a digest of the outcome; equal options run once."""
     folder = tmp_path_factory.mktemp("options")
     corpus = folder / "corpus.tsv"
     rows = [row for row in load_corpus(LANGUAGES).train.rows if all(row) and max(map(len, row)) < 22][:60]
@@ -140,7 +140,7 @@ def as_argument(option: tuple[str, object]) -> str:
 
 @torch.no_grad()
 def digest(out: Path) -> str:
-    """Of the weights, the log without its clock, the test's scores, and what the model that was left computes."""
+    """Digest of the weights, the log without times, the test's scores, and the saved model's logits."""
     log = [json.loads(line) for line in (out / LOG_FILE).read_text("utf-8").splitlines()]
     for record in log:
         del record["seconds"], record["tokens_per_second"]

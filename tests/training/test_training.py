@@ -1,4 +1,4 @@
-"""Training: what a run leaves behind, that it repeats, resumes, and stops where it must."""
+"""Training: the files of a run, and that it repeats, resumes, and stops when it must."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ class TestResult:
         assert_same_weights(weights(result), loaded.model.state_dict())
         text = "1 août 1996"
         assert loaded.translate(text) == result.translator.translate(text)
-        assert loaded.targets == result.translator.targets == ("eng_Latn",), "what it was trained to write"
+        assert loaded.targets == result.translator.targets == ("eng_Latn",), "the languages that it was trained to write"
 
     def test_log_has_every_loss_part_and_expert_metric(self, corpus, tmp_path):
         result = run(corpus, out=tmp_path)
@@ -102,11 +102,11 @@ class TestResult:
             assert sum(line["expert_load"]["encoder.1"]) == pytest.approx(1, abs=1e-3)
         assert "valid/chrf" not in lines[0]
         assert {"valid/chrf", "valid/exact_match"} <= lines[1].keys()
-        assert "valid/chrf" in lines[2], "the last line looks at the validation split"
+        assert "valid/chrf" in lines[2], "the last line has scores of the validation split"
 
     @pytest.mark.filterwarnings("ignore:.*valid pairs have more")
     def test_sentences_without_positions_are_left_out_and_named(self, corpus, tmp_path):
-        """In training they are; one in the test must not cost the run its model."""
+        """Training leaves them out, too; such a sentence in the test split must not cost the run its model."""
         limit = {"max_position_embeddings": 24}
         with pytest.warns(UserWarning, match=r"of 6 test pairs have more than 22 tokens and are left out"):
             result = run(corpus, out=tmp_path, model_fields={**TINY, **limit})
@@ -135,7 +135,7 @@ class TestResult:
 
 
 class TestPieces:
-    """What the caller brings: `assemble` and `collect_metrics`."""
+    """The caller's own `assemble` and `collect_metrics`."""
 
     def test_run_in_this_process_for_every_shard(self, corpus):
         class Pieces:
@@ -178,8 +178,8 @@ class TestRepeat:
         run(corpus)
         assert torch.equal(torch.get_rng_state(), before)
 
-    def test_looking_changes_nothing(self, corpus):
-        """Validation and the callback must not disturb training: no random number, no dropout mode left over."""
+    def test_evaluation_changes_nothing(self, corpus):
+        """Validation and the callback must not disturb training: they draw no random number and restore the mode."""
         seen = []
         watched = run(
             corpus,
@@ -244,7 +244,7 @@ class TestResume:
             run(dataclasses.replace(corpus, train=train_rows), out=tmp_path, resume=True)
 
     def test_a_loaded_state_does_not_hold_its_file(self, corpus, tmp_path):
-        """Windows replaces no file that is mapped."""
+        """Windows does not replace a memory-mapped file."""
         if sys.platform != "linux":
             pytest.skip("only Linux lists what is mapped")
         run(corpus, out=tmp_path)
@@ -279,7 +279,7 @@ class TestResume:
 
 
 class TestDivergence:
-    def test_says_where_on_what_and_what_to_try(self, corpus, tmp_path):
+    def test_says_at_which_step_on_which_batch_and_what_to_try(self, corpus, tmp_path):
         settings = dataclasses.replace(SETTINGS, learning_rate=1e20, warmup_steps=0, steps=40)
         with pytest.raises(TrainingDivergedError) as caught:
             run(corpus, settings, out=tmp_path, checkpoint_every=1)
@@ -323,7 +323,7 @@ class TestSchedule:
             ("targets", ()),
         ],
     )
-    def test_settings_that_make_no_sense_are_refused(self, field, value):
+    def test_invalid_settings_are_refused(self, field, value):
         with pytest.raises(ValueError, match=rf"TrainingSettings\.{field} "):
             TrainingSettings(**{field: value})
 
@@ -340,11 +340,11 @@ class TestDevice:
         assert autocast_dtype("bf16", cpu) is torch.bfloat16
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-    def test_a_missing_gpu_is_said(self):
+    def test_a_missing_gpu_is_reported(self):
         with pytest.raises(ValueError, match="no NVIDIA GPU"):
             resolve_device("cuda")
 
-    def test_an_unknown_device_is_said(self):
+    def test_an_unknown_device_is_reported(self):
         with pytest.raises(ValueError, match="'gpu7' is not a device"):
             resolve_device("gpu7")
 

@@ -1,4 +1,4 @@
-"""Shards and the processes that compute them: the same weights on one process as on several."""
+"""Shards and the processes that compute them: one process gives the same weights as several."""
 
 import itertools
 import os
@@ -56,7 +56,7 @@ def train_steps(model: MoETranslator, batches: list[Batch], settings: TrainingSe
 
 
 def test_processes_change_nothing(batches):
-    """Bit for bit, with everything random: dropout, LayerDrop, sampled second experts, masked expert outputs."""
+    """Results agree bit for bit with everything random: dropout, LayerDrop, second experts, expert output masking."""
     fields = {
         "dropout": 0.1,
         "encoder_layerdrop": 0.3,
@@ -83,7 +83,7 @@ def test_processes_change_nothing(batches):
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_processes_change_nothing_in_half_precision(batches, precision):
-    """Whose gradients are scaled, and whose statistics may be in a dtype that NumPy has not."""
+    """Its gradients are scaled, and its statistics may have a dtype that NumPy lacks."""
     settings = replace(SETTINGS, precision=precision)
     model_fields = {"router_dtype": "bfloat16"}
     alone, expected = train_steps(make_model(**model_fields), batches, settings, 1)
@@ -94,15 +94,15 @@ def test_processes_change_nothing_in_half_precision(batches, precision):
             assert torch.equal(ours.router_confidence, reference.router_confidence)
 
 
-def test_workers_are_deaf_to_the_folder_and_to_what_libraries_print(batches, tmp_path, monkeypatch):
+def test_workers_ignore_the_folder_and_what_libraries_print(batches, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", [part or os.getcwd() for part in sys.path])
     monkeypatch.chdir(tmp_path)
     Path("queue.py").write_text("raise SystemExit('this is not the standard library')\n")
-    monkeypatch.setenv("MKL_VERBOSE", "1")  # prints each product, where MKL computes them
+    monkeypatch.setenv("MKL_VERBOSE", "1")  # MKL then prints each of its products
     train_steps(make_model(), batches[:1], SETTINGS, 2)
 
 
-def test_a_seed_is_all_that_is_drawn_from():
+def test_random_numbers_depend_on_the_seed_alone():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     draws = []
@@ -114,7 +114,7 @@ def test_a_seed_is_all_that_is_drawn_from():
 
 
 @pytest.mark.gpu
-def test_a_seed_is_all_that_is_drawn_from_on_a_gpu():
+def test_random_numbers_depend_on_the_seed_alone_on_a_gpu():
     last = torch.device("cuda", torch.cuda.device_count() - 1)
     draws = []
     for seed in (5, 5, 6):
@@ -125,7 +125,7 @@ def test_a_seed_is_all_that_is_drawn_from_on_a_gpu():
 
 
 def test_gradient_is_the_mean_over_all_target_tokens(batches):
-    """Without experts a batch cut into shards has the gradient of the whole batch."""
+    """Without experts, a batch cut into shards has the gradient of the whole batch."""
     model = make_model(encoder_sparse_step=0).double()
     gradients = []
     for parts in (1, 3):
@@ -157,7 +157,7 @@ def test_split_keeps_every_pair_and_trims_padding(batches):
     assert sum(part.num_tokens for part in parts) == batch.num_tokens
     assert sorted(code for part in parts for code in part.source_languages) == sorted(batch.source_languages)
     for part in parts:
-        assert part.source_mask.any(dim=0).all(), "a column of nothing but padding"
+        assert part.source_mask.any(dim=0).all(), "a column contains only padding"
         assert part.decoder_mask.any(dim=0).all()
         rows = {tuple(row[row != 1].tolist()) for row in batch.source_ids}
         assert {tuple(row[row != 1].tolist()) for row in part.source_ids} <= rows
@@ -191,10 +191,10 @@ def test_parameters_stay_views_of_one_tensor(batches):
 
 
 def test_a_workers_peak_is_its_own_and_not_its_parents():
-    """Whatever a worker takes here: that depends on the builds of Python and PyTorch."""
+    """How much memory a worker takes depends on the builds of Python and PyTorch; this holds for all of them."""
     with start_workers(make_model(), SETTINGS, 2) as workers:
         usual = workers.peak_memory_mb()
-    ballast = torch.ones(BALLAST_MB * 10**6, dtype=torch.uint8)  # is in memory while the worker starts
+    ballast = torch.ones(BALLAST_MB * 10**6, dtype=torch.uint8)  # in memory while the worker starts
     with start_workers(make_model(), SETTINGS, 2) as workers:
         del ballast
         assert usual > 0
@@ -232,11 +232,11 @@ def test_processes_must_fit_the_shards(processes):
 
 
 class TestGenerate:
-    """`WorkerPool.generate` writes what one process writes."""
+    """`WorkerPool.generate` returns the same as one process."""
 
     @pytest.mark.parametrize("num_beams", [1, 3])
     @pytest.mark.parametrize("first", [None, 5])
-    def test_all_processes_write_what_one_writes(self, source, num_beams, first):
+    def test_all_processes_return_the_same_as_one(self, source, num_beams, first):
         model = make_model().eval()
         options = {"num_beams": num_beams, "forced_bos_token_id": first, "max_new_tokens": 6}
         expected = model.generate(*source, **options)
@@ -260,7 +260,7 @@ class TestGenerate:
             # Back in training mode, with dropout, in all processes.
             losses = [trainer.step(batches[0], 0.0).loss.total for _ in range(2)]
             assert losses[0] != losses[1]
-        # A translator that outlives the workers does without them.
+        # A translator that outlives the workers works without them.
         model.eval()
         assert torch.equal(workers.generate(*source, max_new_tokens=6), together)
 
@@ -276,7 +276,7 @@ class TestGenerate:
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("lengths", [[3], [5, 5], [100, 1, 1], [1, 2, 3, 4, 5, 6, 7, 8], [4] * 7])
-def test_deal_gives_each_part_like_lengths_and_as_many_tokens(lengths, parts):
+def test_deal_gives_each_part_similar_lengths_and_about_equal_tokens(lengths, parts):
     lengths = torch.tensor(lengths)
     dealt = deal(lengths, parts)
     assert 1 <= len(dealt) <= parts
@@ -288,7 +288,7 @@ def test_deal_gives_each_part_like_lengths_and_as_many_tokens(lengths, parts):
 
 
 def test_a_worker_keeps_its_memory_from_step_to_step():
-    """New pages cost as much as a tenth of a step."""
+    """New pages would cost a tenth of a step."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("another C library has thresholds of its own")
     settings = TrainingSettings()
@@ -306,9 +306,9 @@ def test_a_worker_keeps_its_memory_from_step_to_step():
             return minor_faults(workers._processes[0].pid) - before
 
         new_pages(10)
-        assert new_pages(10) < 10 * 100  # its logits alone are on 500 pages
+        assert new_pages(10) < 10 * 100  # its logits alone take 500 pages
 
 
 def minor_faults(process: int) -> int:
-    """Pages that the process has been given so far without reading a disk: field 10 of `/proc/PID/stat`."""
+    """Pages that the process has received so far without reading a disk: field 10 of `/proc/PID/stat`."""
     return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[7])
