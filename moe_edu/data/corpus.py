@@ -121,7 +121,7 @@ def choose_phrases(
     kinds: Sequence[str],
     *,
     split: str = "valid",
-    to: str = "eng_Latn",
+    target: str = "eng_Latn",
     seed: int = 0,
 ) -> list[SentencePair]:
     """One random sentence of each of `kinds` from a split, taking the languages in turn.
@@ -132,7 +132,7 @@ def choose_phrases(
     rng = random.Random(seed)
     chosen = []
     for kind, language in zip(kinds, cycle(languages), strict=False):
-        pairs = [pair for pair in corpus.sentence_pairs(split, [language], [to]) if pair.kind == kind]
+        pairs = [pair for pair in corpus.sentence_pairs(split, [language], [target]) if pair.kind == kind]
         if not pairs:
             raise ValueError(
                 f"the {split} split has no {kind!r} in {language}; its kinds are {set(corpus.split(split).kinds)}"
