@@ -83,7 +83,7 @@ class TestResult:
         assert_same_weights(weights(result), loaded.model.state_dict())
         text = "1 août 1996"
         assert loaded.translate(text) == result.translator.translate(text)
-        assert loaded.targets == result.translator.targets == ("eng_Latn",), "the languages that it was trained to write"
+        assert loaded.targets == result.translator.targets == ("eng_Latn",), "those it was trained to write"
 
     def test_log_has_every_loss_part_and_expert_metric(self, corpus, tmp_path):
         result = run(corpus, out=tmp_path)
