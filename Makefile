@@ -1,9 +1,9 @@
-# `make lab` opens the first lesson; `make test` proves that everything works, and `make quick` that a change breaks
-# little. Each sets up what it needs, once.
+# `make lab` opens the first lesson. `make test` runs all checks of a normal day; `make quick` only the fast ones.
+# Each command installs what it needs, once.
 #
-# PYTHON   the interpreter to start from (3.11 or newer)
+# PYTHON   the Python interpreter to use (3.11 or newer)
 # PIP_ARGS further arguments for pip, for example the index of PyTorch's CPU-only builds (see the README)
-# WORKERS  how many processes run tests, each with a browser and a Jupyter server of its own (2 GB)
+# WORKERS  number of test processes, each with its own browser and Jupyter server (2 GB)
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -14,7 +14,7 @@ LAB_STAMP := $(VENV)/.lab-is-installed
 TEST_STAMP := $(VENV)/.test-is-installed
 REQUIREMENTS := pyproject.toml constraints.txt $(wildcard moe_edu/kernels/csrc/*)
 
-# A file stays with one worker, which makes its fixtures or its kernel once; what takes longest begins first.
+# One worker runs a whole file, so that fixtures and kernels are made once; the longest files start first.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: lab test quick nightly screenshots gpu lint notebooks site clean
@@ -25,19 +25,19 @@ lab: $(LAB_STAMP)
 test: $(TEST_STAMP) lint
 	$(PYTEST) --nbval -m "not nightly and not screenshots" tests notebooks
 
-# Style, types, and the tests without a browser, a notebook or a training run.
+# Style, types, and the tests that need no browser, notebook or training run.
 quick: $(TEST_STAMP) lint
 	$(PYTEST) -m "not slow and not nightly" tests
 
-# All there is: also the trainings of minutes, and every lesson in every place.
+# Everything, including trainings that take minutes, and every lesson in every environment.
 nightly: $(TEST_STAMP) lint
 	$(PYTEST) --nbval -m "not screenshots" tests notebooks
 
-# Pictures of every lesson in JupyterLab, light and dark, at two widths, in build/screenshots.
+# Pictures of every lesson in JupyterLab, in light and dark, at two widths, saved in build/screenshots.
 screenshots: $(TEST_STAMP)
 	$(PYTEST) -m screenshots tests/browser
 
-# On a machine with an NVIDIA GPU: its tests, then the table, which is also left as data and as a picture.
+# On a machine with an NVIDIA GPU: run the GPU tests, then print the benchmark's table and save it as data and picture.
 gpu: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m gpu
 	mkdir -p build
@@ -50,11 +50,11 @@ lint: $(TEST_STAMP)
 	$(BIN)/oxlint --quiet moe_edu/explorers/static docs/static
 	$(BIN)/clang-format --dry-run -Werror moe_edu/kernels/csrc/*
 
-# Runs every notebook from top to bottom and saves it with its outputs, without widget state.
+# Run every notebook from top to bottom and save it with its outputs, without widget state.
 notebooks: $(TEST_STAMP)
 	$(BIN)/python -m moe_edu.lessons.execute notebooks/*.ipynb
 
-# A static book in build/site that opens from disk, without a network or a kernel.
+# Build a static site in build/site, which opens from disk, without a network or a kernel.
 site: $(TEST_STAMP)
 	$(BIN)/python docs/build.py build/site
 

@@ -1,6 +1,6 @@
 """A browser, and Jupyter servers with the notebooks, for the tests that need them.
 
-Without a browser they are skipped, except on CI, where it has to be there.
+Without a browser these tests are skipped, except on CI, which must have one.
 """
 
 import json
@@ -22,12 +22,12 @@ from moe_edu.system.browser import find_browser, open_browser
 from moe_edu.system.isolated import serve_apart
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-PATIENCE_MS = 120_000  # for a machine that is shared
+PATIENCE_MS = 120_000  # long enough for a shared machine
 TRAINING = ("07_", "09_")  # these train for minutes, or briefly with the parameters below
 SHORT = "\nfast = True\nsteps = 12"
 LAB_SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-    # Every cell is drawn, in view or not, so that slices of the whole page can be taken.
+    # Draw every cell, in view or not, so that pictures can show the whole page.
     "notebook-extension/tracker": {"windowingMode": "none", "scrollPastEnd": False},
 }
 # Notebook 7 sometimes reads a setting before it exists (jupyter/notebook issue 7862), even without any cell of ours.
@@ -78,7 +78,7 @@ def notebook_7(browser, tmp_path_factory):
 
 @dataclass(frozen=True)
 class Server:
-    """Where a Jupyter server answers, the token that opens it, and the file of what its reader solved."""
+    """A Jupyter server's address, its access token, and the file of solved exercises."""
 
     address: str
     token: str
@@ -97,7 +97,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Jupyter:
-    """A server and the pages that it shows; they share one browser context and with it the cache."""
+    """A server and its pages, which share one browser context and thus its cache."""
 
     server: Server
     route: str
@@ -107,7 +107,7 @@ class Jupyter:
     def run(self, name):
         """The notebook `name`, run to its end or its first error by a reader who has solved nothing yet.
 
-        Afterwards its page and its kernel are ended.
+        Afterwards its page is closed and its kernel is ended.
         """
         self.server.progress.unlink(missing_ok=True)
         page = self.context.new_page()
@@ -132,7 +132,7 @@ class RunNotebook:
 
     Attributes:
         complaints: errors of the page and of its console.
-        elsewhere: addresses outside this machine that the page asked for.
+        elsewhere: addresses outside this machine that the page requested.
     """
 
     page: Any
@@ -140,7 +140,7 @@ class RunNotebook:
     elsewhere: list[str] = field(default_factory=list)
 
     def listen(self, allowed):
-        """Note complaints, and requests whose address begins with none of `allowed`."""
+        """Record complaints, and requests to addresses that begin with none of `allowed`."""
 
         def complain(text):
             if text not in NOT_OURS:
@@ -156,11 +156,11 @@ class RunNotebook:
         self.page.on("websocket", look_at)
 
     def cells(self):
-        """The notebook's cells as they would be saved now."""
+        """The notebook's cells as they would now be saved."""
         return self.page.evaluate(f"[...{PANEL}.model.cells].map(cell => cell.toJSON())")
 
     def failures(self):
-        """What kept it from its end: errors, and code cells that did not run."""
+        """The errors in the notebook, and the code cells that did not run."""
         found = []
         for number, cell in enumerate(self.cells(), start=1):
             if cell["cell_type"] != "code" or not cell["source"]:
@@ -173,18 +173,18 @@ class RunNotebook:
         return found
 
     def explorers(self):
-        """Those in the page, as soon as all that its cells show are alive."""
+        """The explorers in the page, once all those that its cells show are ready."""
         source = "\n".join("".join(cell["source"]) for cell in self.cells() if cell["cell_type"] == "code")
         alive = self.page.locator(EXPLORER)
         expect(alive).to_have_count(len(re.findall(r"explorers\.(?:show|get)\(", source)))
         return alive.all()
 
     def answers_to_a_key(self, explorer):
-        """Whether it changes with an arrow key that the notebook has a shortcut for, and the chosen cell does not."""
+        """Whether an arrow key, although a shortcut of the notebook, changes the explorer and not the active cell."""
         explorer.locator("input[type=range], select, [role=slider]").first.focus()
         before, active = explorer.inner_html(), self._active_cell()
         self.page.keyboard.press("ArrowDown")
-        if explorer.inner_html() == before:  # the control stood at its lower end, or at its last option
+        if explorer.inner_html() == before:  # the control was at its lower end, or at its last option
             self.page.keyboard.press("ArrowUp")
         return explorer.inner_html() != before and self._active_cell() == active
 
@@ -203,7 +203,7 @@ def pages_of(browser):
 
 @contextmanager
 def serve(module, settings, home):
-    """Start `python -m module` on copies of the notebooks; files, settings and kernels are not the user's own."""
+    """Start `python -m module` on copies of the notebooks, with separate files, settings and kernels."""
     folder = home / "notebooks"
     copy_notebooks(folder)
     for name, values in settings.items():
@@ -217,7 +217,7 @@ def serve(module, settings, home):
 
 
 def copy_notebooks(folder):
-    """Copy the notebooks without their outputs, so that a page shows only what was computed there."""
+    """Copy the notebooks without their outputs, so that a page shows only what it computed itself."""
     shutil.copytree(NOTEBOOKS / "images", folder / "images")
     for path in NOTEBOOKS.glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)

@@ -1,4 +1,4 @@
-"""The benchmark of the explorers measures each of them, both ways; how fast is not a test's business."""
+"""The benchmark of the explorers measures each of them, both ways; the tests do not check how fast they are."""
 
 import json
 import subprocess
@@ -41,14 +41,14 @@ def test_times_every_explorer_in_the_page(tmp_path):
 
 
 def test_times_the_way_through_python(tmp_path):
-    """One explorer for all, which are linked alike, and the box to translate in."""
+    """One explorer stands for all, which are linked in the same way; the translation box is measured, too."""
     results = measured(tmp_path, "--only", "router_training", "--only", BOX, "--presses", "4")
     ways = [(result["name"], result["way"]) for result in results]
     assert ways == [("router_training", "page"), ("router_training", "python"), (BOX, "python")]
     assert all(result["presses"] >= 2 for result in results)
 
 
-def test_names_that_do_not_exist():
+def test_unknown_names_are_refused():
     done = CliRunner().invoke(cli.main, ["bench", "explorers", "--only", "router_bored"])
     assert done.exit_code == 2
     assert "router_bored: there are first_steps, " in done.stderr

@@ -1,4 +1,4 @@
-"""Explorers in a page without a kernel: they compute what Python computes, and answer keyboard and mouse."""
+"""Explorers in a page without a kernel: they compute the same as Python, and respond to keyboard and mouse."""
 
 import json
 import random
@@ -28,7 +28,7 @@ def page(browser, patience_ms):
 
 @pytest.fixture
 def opened(page, request, tmp_path):
-    """The explorer's HTML, opened from disk; `page.complaints` and `page.requests` hold what should not happen."""
+    """The explorer's HTML, opened from disk; `page.complaints` and `page.requests` record what should not happen."""
     name = request.node.callspec.params["name"]
     file = tmp_path / "page.html"
     file.write_text(
@@ -50,7 +50,7 @@ def opened(page, request, tmp_path):
 
 
 def close(ours, theirs):
-    """Whether two JSON values are the same up to rounding."""
+    """Whether two JSON values are equal up to rounding."""
     if isinstance(ours, dict):
         return ours.keys() == theirs.keys() and all(close(ours[key], theirs[key]) for key in ours)
     if isinstance(ours, list):
@@ -62,7 +62,7 @@ def close(ours, theirs):
 
 @each_explorer
 class TestInAPage:
-    def test_computes_what_python_computes(self, page, name):
+    def test_computes_the_same_as_python(self, page, name):
         explorer = explorers.get(name)
         rng = random.Random(name)
         states = [explorer.state(), *(explorer.random_state(rng) for _ in range(RANDOM_STATES))]
@@ -152,16 +152,16 @@ class TestInAPage:
         finally:
             opened.set_viewport_size({"width": 800, "height": 900})
 
-    def test_its_picture_is_what_it_draws(self, page, name):
+    def test_its_saved_picture_is_what_it_draws(self, page, name):
         stored = (STATIC / "pictures" / f"{name}.svg").read_text("utf-8")
         drawn = draw_picture(page, name)
-        # Browsers and processors differ in the last digits of an exponential.
+        # Browsers and processors disagree in the last digits of an exponential.
         assert NUMBER.split(stored) == NUMBER.split(drawn)
         numbers = ([float(number) for number in NUMBER.findall(svg)] for svg in (stored, drawn))
         assert next(numbers) == pytest.approx(next(numbers), abs=1e-6)
 
 
-def test_hatching_does_not_hang_on_another_explorer(page, tmp_path):
+def test_hatching_does_not_depend_on_another_explorer(page, tmp_path):
     """A pattern in a hidden tab paints nothing, and an id refers to the first element that has it."""
     queue = explorers.get("capacity_queue").html()
     file = tmp_path / "page.html"

@@ -1,4 +1,4 @@
-"""Every notebook in JupyterLab: it runs to its end, can be read by everyone, and judges what is typed.
+"""Every notebook in JupyterLab: it runs to its end, is accessible, and checks the answers that are typed.
 
 `make screenshots` writes pictures of all pages to build/screenshots/<notebook>/<theme>-<width>-<number>.png.
 """
@@ -26,7 +26,7 @@ SLICE = 1600  # pixels of a window's height
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 SCROLLED = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer"
 WRITTEN = [".jp-Notebook .jp-RenderedHTMLCommon", ".jp-Notebook .jp-OutputArea-output"]
-# What hides a part of itself at its right, or has to be scrolled sideways to be read.
+# Finds elements whose right part is hidden or must be scrolled sideways to be read.
 TOO_WIDE = """[...document.querySelectorAll(".jp-Notebook-cell *")]
   .filter((node) => node.checkVisibility() && getComputedStyle(node).overflowX !== "visible")
   .filter((node) => node.clientWidth > 1 && node.scrollWidth > node.clientWidth + 1)
@@ -66,7 +66,7 @@ def settle(page):
 
 
 def slices(page):
-    """Pictures of the whole notebook, from top to bottom."""
+    """Take pictures of the whole notebook, from top to bottom."""
     panel = page.locator(SCROLLED)
     height, step = panel.evaluate("panel => [panel.scrollHeight, panel.clientHeight]")
     for top in range(0, height, step):
@@ -117,7 +117,7 @@ class TestInUse:
         assert notebook.complaints == []
         assert notebook.elsewhere == []
 
-    def test_exercises_judge_what_is_typed(self, notebook, name):
+    def test_exercises_check_what_is_typed(self, notebook, name):
         ids = [cell["id"] for cell in notebook.cells()]
         for exercise in exercises_of(name[:2]):
             index = ids.index(f"{PREFIX}{exercise.key.replace('.', '-')}")
@@ -141,7 +141,7 @@ class TestInUse:
 
 @pytest.mark.parametrize("name", ["07_train_a_multilingual_model.ipynb"], indirect=True)
 class TestLesson07:
-    """Its figures, and the box that responds to what is typed."""
+    """Its figures, and its translation box."""
 
     def test_draws_its_figures(self, notebook):
         assert notebook.page.locator(".js-plotly-plot .scatterlayer .js-line").count() > 0
@@ -149,13 +149,13 @@ class TestLesson07:
 
     def test_typed_text_is_text_and_is_translated(self, notebook):
         notebook.page.get_by_label("Phrase", exact=True).fill("<b>7 mai 2001")
-        # "<" is too rare to have its own token: it is spelled as a byte.
+        # "<" is too rare to have its own token: it becomes a byte token.
         wait_for_tokens(notebook.page, "▁<0x3C>b<0x3E>7▁mai▁2001")
         answer = notebook.page.locator(".widget-html-content .moe").first
         assert answer.locator("b").count() == answer.locator(".moe-choice > b").count()
         assert answer.locator(".moe-answer").text_content()
 
-    def test_a_language_is_chosen(self, notebook):
+    def test_a_language_can_be_chosen(self, notebook):
         notebook.page.get_by_label("From", exact=True).select_option(label="fra_Latn: French")
         wait_for_tokens(notebook.page, "fra_Latn")
         assert notebook.page.locator(".widget-html-content .moe .moe-answer").first.text_content()
@@ -178,7 +178,7 @@ def expect_verdict(output, exercise, sign, verdict):
 
 
 def made(source, name):
-    """What `source` defines as `name`, in a namespace as a notebook has it."""
+    """The object that `source` defines as `name`, in a namespace like a notebook's."""
     namespace = {"torch": torch, "Tensor": torch.Tensor, "math": math, "F": F}
     exec(compile(source, f"<{name}>", "exec"), namespace)
     return namespace[name]
@@ -187,7 +187,7 @@ def made(source, name):
 def wrong_answer(exercise):
     """A cell with a typical wrong answer, and the message that refuses it.
 
-    An answer is typed where it needs nothing but what the notebook has, and else taken from the exercise.
+    The answer is typed if it needs only what the notebook defines; otherwise it is taken from the exercise.
     """
     mistake = next(filter(can_be_typed, exercise.mistakes), exercise.mistakes[0])
     if exercise.is_question:
@@ -204,7 +204,7 @@ def wrong_answer(exercise):
 
 
 def can_be_typed(mistake):
-    """Whether it is a function with a name that calls no other one of ours."""
+    """Whether it is a named function that calls no other function of ours."""
     if not inspect.isfunction(mistake.answer) or mistake.answer.__name__ == "<lambda>":
         return False
     return set(inspect.getclosurevars(mistake.answer).globals) <= {"torch", "math", "F"}
@@ -215,7 +215,7 @@ def check_of(exercise, answer):
 
 
 def type_and_run(page, cell, source):
-    """Replace what is in a cell, as a reader does, and run it."""
+    """Replace a cell's contents, as a reader does, and run it."""
     cell.locator(".cm-content").click()
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.insert_text(source)

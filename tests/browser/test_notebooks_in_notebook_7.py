@@ -1,4 +1,4 @@
-"""Notebooks in Notebook 7: they run to their end, and their explorers are alive and move by keyboard."""
+"""Notebooks in Notebook 7: they run to their end, and their explorers respond to the keyboard."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ NAMES = sorted(path.name for path in (Path(__file__).parents[2] / "notebooks").g
 pytestmark = pytest.mark.browser
 
 
-# The first lesson, one whose explorer trains, and the one with forms and live figures. At night all of them.
+# The first lesson, one whose explorer trains, and the one with forms and live figures; at night all of them.
 DAILY = ("00_", "05_", "07_")
 LESSONS = [pytest.param(name, marks=() if name.startswith(DAILY) else pytest.mark.nightly) for name in NAMES]
 

@@ -1,4 +1,4 @@
-"""The site, built from the saved notebooks: complete, offline, without broken links, and alive without a kernel."""
+"""The site, built from the saved notebooks: complete, offline, without broken links, interactive without a kernel."""
 
 import functools
 import itertools
@@ -31,7 +31,7 @@ def site(tmp_path_factory):
 
 
 class References(HTMLParser):
-    """What a page loads, what it links to, and the ids it has."""
+    """The addresses that a page loads, those that it links to, and its ids."""
 
     def __init__(self, text):
         super().__init__()
@@ -96,7 +96,7 @@ class TestBuiltSite:
 
 @pytest.fixture(scope="module", params=["file", pytest.param("server", marks=pytest.mark.nightly)])
 def address(request, site):
-    """The site's address: from disk, where browsers allow least, and from a plain local server."""
+    """The site's address: on disk, where browsers are strictest, and on a plain local server."""
     if request.param == "file":
         yield site.as_uri()
         return
@@ -122,7 +122,7 @@ def page(browser, address, patience_ms):
 
 @pytest.mark.browser
 class TestInTheBrowser:
-    def test_every_explorer_is_alive_without_a_kernel(self, page, address):
+    def test_every_explorer_works_without_a_kernel(self, page, address):
         for name in ("index", *LESSONS):
             page.goto(f"{address}/{name}.html")
             explorers = page.locator(".moe-x")
@@ -155,7 +155,7 @@ class TestInTheBrowser:
         assert min(map(int, re.findall(r"\d+", ink)[:3])) > 128
 
 
-# A lesson takes ten seconds; its text and outputs are looked at in JupyterLab every day.
+# A lesson takes ten seconds; its text and outputs are checked in JupyterLab every day.
 EVERY_DAY = ["index", "search", "00_start_here", "07_train_a_multilingual_model"]
 
 

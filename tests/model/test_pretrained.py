@@ -243,10 +243,10 @@ class TestCommandLine:
         assert "Traceback" not in done.stderr
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
-    def test_a_gpu_where_there_is_none(self):
+    def test_a_missing_gpu_is_reported(self):
         done = self.moe_edu("translate", "--device", "cuda", "a")
         assert done.returncode == 1
-        assert done.stderr.startswith("Error: there is no NVIDIA GPU")
+        assert done.stderr.startswith("Error: this PyTorch finds no NVIDIA GPU")
 
     def test_a_target_outside_the_models_languages(self):
         done = self.moe_edu("translate", "--to", "fra_Latn", "in 3 days")

@@ -209,9 +209,8 @@ class TestExpertOutputMasking:
             masked.router.expert_capacity = 10_000
             in_training = masked.train()(hidden, mask)[0][0]
         torch.testing.assert_close(in_eval, (1 - self.P) * full)
-        torch.testing.assert_close(
-            in_training.mean(0), full, rtol=0.05, atol=0
-        )  # the mean is `full`, not `in_eval`
+        # The mean in training is `full`, not `in_eval`.
+        torch.testing.assert_close(in_training.mean(0), full, rtol=0.05, atol=0)
         partly = ((in_training == 0).sum(-1) > 0) & ((in_training == 0).sum(-1) < D)
         assert partly.any(), "some row is partly masked"
 

@@ -1,4 +1,4 @@
-"""What tests of the installed package share: a copy of the checkout, its sdist and wheel, environments of links."""
+"""Shared by tests of the installed package: a copy of the checkout, its sdist and wheel, environments of links."""
 
 import os
 import subprocess
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 
 
 class Environment(NamedTuple):
-    """A Python environment of its own: its Python, and the folder with links to packages of this one."""
+    """A separate Python environment: its Python, and the folder with links to packages of this one."""
 
     python: Path
     links: Path
 
     def run(self, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run its Python, with nothing of this one's beside it."""
+        """Run its Python, isolated from this environment."""
         ours = ("PYTHON", "VIRTUAL_ENV", "MOE_EDU", "JUPYTER", "COLAB", "KAGGLE")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         command = [self.python, *arguments]
@@ -34,7 +34,7 @@ class Environment(NamedTuple):
 
 
 def needed_for(requirements: Iterable[str]) -> set[str]:
-    """The names of the packages that `requirements` lead to, as they are installed here."""
+    """The names of all packages that `requirements` need, directly or not, as they are installed here."""
     found: set[str] = set()
     waiting = [Requirement(text) for text in requirements]
     while waiting:
@@ -49,10 +49,10 @@ def needed_for(requirements: Iterable[str]) -> set[str]:
 
 @pytest.fixture(scope="session")
 def make_environment() -> Callable[[Path, Iterable[str]], Environment]:
-    """Make an environment with links to the packages of this one that some requirements lead to, and no others.
+    """Make an environment with links to the packages of this one that some requirements need, and no others.
 
-    It takes a second, where pip would copy a gigabyte. The links are not where pip installs, so that it writes through
-    none of them.
+    It takes a second, where pip would copy a gigabyte. The links are not where pip installs packages, so pip never
+    writes through them.
     """
     if sys.platform == "win32":
         pytest.skip("Windows makes links for administrators only")
@@ -94,7 +94,7 @@ def copy_checkout() -> Callable[[Path], None]:
 
 
 class Distributions(NamedTuple):
-    """The two files that a release consists of."""
+    """The two files of a release."""
 
     sdist: Path
     wheel: Path
@@ -122,7 +122,7 @@ def _build(kind: str, source: Path, output: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def core(tmp_path_factory, make_environment, distributions) -> Environment:
-    """The wheel, and what it always needs: no Jupyter, no widgets, no Plotly, no transformers."""
+    """The wheel with its core dependencies only: no Jupyter, no widgets, no Plotly, no transformers."""
     folder = tmp_path_factory.mktemp("core") / "env"
     environment = make_environment(folder, requirements_of())
     command = [sys.executable, "-m", "pip", "--python", environment.python, "install", "--quiet", "--no-deps"]

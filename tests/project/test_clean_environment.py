@@ -1,8 +1,8 @@
-"""Every notebook where a reader meets it first: an environment like Colab's, an empty folder, nothing of ours beside.
+"""Every notebook as readers first open it: in an environment like Colab's and an empty folder, without our checkout.
 
-The environment has the packages that Colab has, in Colab's versions, and a link to the PyTorch that is installed here;
-the notebooks' own first cell brings the rest. Its `git+https://...` is served from a copy of this checkout, with what
-is not committed yet.
+The environment has Colab's packages, in Colab's versions, and a link to the PyTorch that is installed here; the
+notebooks' own first cell installs the rest. Its `git+https://...` is served from a copy of this checkout, including
+uncommitted changes.
 """
 
 import json
@@ -32,9 +32,9 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TRAINING = ("07", "09")  # lessons that train for minutes: here a few steps show that they run
 
-# Colab's runtime 2026.01, but for PyTorch: pip-freeze.txt of github.com/googlecolab/backend-info at bd8aaa45.
+# Colab's runtime 2026.01, except PyTorch: pip-freeze.txt of github.com/googlecolab/backend-info at bd8aaa45.
 OF_COLAB = {
-    "ipykernel": "6.17.1",  # the kernel itself, with old packages that newer kernels do without,
+    "ipykernel": "6.17.1",  # the kernel itself, with old packages that newer kernels do not need
     "ipython": "7.34.0",
     "jupyter_client": "7.4.9",
     "pyzmq": "26.2.1",
@@ -46,7 +46,7 @@ OF_COLAB = {
     "nest-asyncio": "1.6.0",
     "pickleshare": "0.7.5",
     "widgetsnbextension": "3.6.10",
-    "ipywidgets": "7.7.1",  # and of what the package needs all but anywidget and sacrebleu
+    "ipywidgets": "7.7.1",  # from here on: what the package needs, except anywidget and sacrebleu
     "plotly": "5.24.1",
     "numpy": "2.0.2",
     "tokenizers": "0.22.2",
@@ -54,7 +54,7 @@ OF_COLAB = {
     "tqdm": "4.67.1",
     "click": "8.3.1",
 }
-# What these need besides, and PyTorch: linked, not installed.
+# Further packages that these need, and PyTorch: linked, not installed.
 LINKED = (
     *(
         "torch",
@@ -110,7 +110,7 @@ class Place:
         }
 
     def torch_files(self) -> dict[str, tuple[int, int]]:
-        """Size and time of change of every file of PyTorch but compiled Python."""
+        """Size and modification time of every file of PyTorch except compiled Python."""
         links = self.folder / "env" / "links"
         folders = [links / "torch", *links.glob("torch-*.dist-info")]
         return {
@@ -121,7 +121,7 @@ class Place:
         }
 
     def run(self, notebook: nbformat.NotebookNode, **environ: str) -> nbformat.NotebookNode:
-        """Run every cell, past errors, in the empty folder."""
+        """Run every cell in the empty folder, continuing after errors."""
         client = NotebookClient(
             notebook,
             km=_KernelOf(self.python),
@@ -143,7 +143,7 @@ class _KernelOf(AsyncKernelManager):
 
 
 def read(path: Path) -> nbformat.NotebookNode:
-    """A notebook as it ships, but for the number of training steps."""
+    """A notebook as it ships, except for the number of training steps."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if path.name[:2] in TRAINING and "parameters" in cell.metadata.get("tags", []):
@@ -166,7 +166,7 @@ def printed(cell: nbformat.NotebookNode) -> str:
 
 
 def errors(notebook: nbformat.NotebookNode) -> list[str]:
-    """What went wrong, with the cell's name."""
+    """The errors, each with its cell's name."""
     return [
         f"{cell.id}: {output.get('evalue', output.get('text'))}"
         for cell in code(notebook)
@@ -184,13 +184,14 @@ def commit(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory, make_environment):
-    """The place before any notebook, with what was in it then."""
+    """The place before any notebook has run, with its contents at that time."""
     place = Place(tmp_path_factory.mktemp("clean"))
     make_environment(place.folder / "env", LINKED)
     pins = (f"{name}=={pin}" for name, pin in OF_COLAB.items())
     place.pip("install", "-q", "--no-compile", "--no-deps", *pins)
     (site,) = (place.folder / "env" / "lib").glob("python*/site-packages")
-    # The server that widgetsnbextension asks for, in name alone: the kernel runs without it, and it brings 60 packages.
+    # An empty package named like the server that widgetsnbextension requires: the kernel does not need that server,
+    # which would bring 60 packages.
     (site / "notebook-6.5.7.dist-info").mkdir()
     (site / "notebook-6.5.7.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: notebook\nVersion: 6.5.7\n", "utf-8"
@@ -205,7 +206,7 @@ def bare(tmp_path_factory, make_environment):
 
 @pytest.fixture(scope="module")
 def installed(bare, copy_checkout):
-    """The place after the first lesson, which was run as on Colab, and that lesson."""
+    """The place after running the first lesson as on Colab, and that lesson."""
     place, *_ = bare
     source = place.folder / "source"
     copy_checkout(source)
@@ -264,7 +265,7 @@ def test_every_notebook_runs_offline_afterwards(installed, path):
     place, _ = installed
     notebook = place.run(read(path), **OFFLINE)
     assert errors(notebook) == []
-    assert not [cell for cell in code(notebook)[:1] if printed(cell)]  # the first cell: no pip, nothing amiss
+    assert not [cell for cell in code(notebook)[:1] if printed(cell)]  # no pip, and nothing to report
 
 
 def test_kaggles_readers_hear_of_its_own_menu(installed):

@@ -1,4 +1,4 @@
-"""The installed wheel with nothing beside it but what it always needs, in a folder that is no clone.
+"""The installed wheel with its core dependencies only, in a folder that is not a clone.
 
 Every command works there, or says in one line what to install.
 """
@@ -24,7 +24,7 @@ def run(core, tmp_path):
     return run
 
 
-def test_the_environment_has_only_what_is_always_needed(core, tmp_path):
+def test_the_environment_has_only_core_dependencies(core, tmp_path):
     script = (
         "from importlib.metadata import distributions\nfor one in distributions(): print(one.name.lower())"
     )
@@ -107,7 +107,7 @@ def test_says_in_one_line_what_is_missing(run, arguments, said):
 
 
 def test_gpu_tests_need_no_jupyter(make_environment, tmp_path):
-    """In the clone, which has them: all are found, and skipped for want of a GPU alone."""
+    """In the clone, all GPU tests are found, and skipped only because there is no GPU."""
     place = make_environment(tmp_path / "env", [*requirements_of(), "pytest", "pytest-timeout", "hypothesis"])
     options = ("-m", "gpu", "-p", "no:cacheprovider")
     done = place.run("-m", "pytest", *options, cwd=ROOT, CUDA_VISIBLE_DEVICES="")

@@ -1,4 +1,4 @@
-"""The sdist and the wheel of a release: built here, and read."""
+"""The sdist and the wheel of a release, built and inspected."""
 
 import importlib.util
 import re
@@ -23,13 +23,13 @@ def in_wheel(distributions):
 
 
 def below(folder, *patterns):
-    """The files of `folder` in this checkout, relative to the checkout."""
+    """The files in `folder` of this checkout, relative to the checkout."""
     return {
         path.relative_to(ROOT).as_posix() for pattern in patterns for path in (ROOT / folder).rglob(pattern)
     }
 
 
-def test_every_room_is_named():
+def test_every_package_is_listed():
     rooms = {path.parent.relative_to(ROOT) for path in (ROOT / "moe_edu").rglob("__init__.py")}
     assert set(SETUPTOOLS["packages"]) == {".".join(room.parts) for room in rooms} | {"moe_edu.notebooks"}
 
@@ -44,7 +44,7 @@ def test_the_wheel_has_all_that_runs(in_wheel):
 
 
 def test_the_wheel_has_the_compiled_code(distributions, in_wheel):
-    """It is loaded, not imported: whatever Python loads it, it is of one system."""
+    """It is loaded, not imported, so it depends on the system but not on the version of Python."""
     if importlib.util.find_spec("moe_edu.kernels._compiled") is None:
         pytest.skip("there is no C compiler that knows OpenMP")
     assert [name for name in in_wheel if re.match(r"moe_edu/kernels/_compiled.*\.(so|pyd)$", name)]
@@ -59,7 +59,7 @@ def test_the_sdist_has_what_a_wheel_is_built_from(distributions):
 
 
 def test_the_lessons_come_with_the_wheel(core, tmp_path):
-    """Outside a clone one command copies them; a second time it replaces nothing."""
+    """Outside a clone, one command copies them; run again, it replaces nothing."""
     first = core.run("-m", "moe_edu", "lessons", "mine", cwd=tmp_path)
     copied = sorted(path.name for path in (tmp_path / "mine").glob("*.ipynb"))
     assert copied == sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))

@@ -1,4 +1,4 @@
-"""What people read first: short, with links that lead somewhere, and true to the tree."""
+"""The pages that people read first: short, without broken links, and consistent with the code."""
 
 import ast
 import importlib.util
@@ -31,7 +31,7 @@ def read(page):
 
 
 def load(path):
-    """A module that no package holds."""
+    """Load a module that belongs to no package."""
     spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,7 +43,7 @@ def json_of(path):
 
 
 def joined(page):
-    """The text with its line breaks as spaces."""
+    """The text with line breaks replaced by spaces."""
     return " ".join(read(page).split())
 
 
@@ -109,7 +109,7 @@ class TestReadme:
         assert re.search(r"^moe-edu lab$", read("README.md"), re.M)
 
     def test_the_package_runs_as_shown(self):
-        """Up to the two lines that need a checkpoint of the reader's own."""
+        """Runs all lines before the two that need the reader's own checkpoint."""
         (code,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.S)
         shown = re.search(r"(translator\.translate\(.*?\)) +# ('.*')", code)
         names = {}

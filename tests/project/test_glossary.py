@@ -1,4 +1,4 @@
-"""The glossary's names exist: ours in the package, Hugging Face's in the release that it speaks of."""
+"""The glossary's names exist: ours in the package, Hugging Face's in the release that it names."""
 
 import inspect
 import re
@@ -18,14 +18,14 @@ from moe_edu.moe import dispatch, experts, layer, loops, losses, metrics, router
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 GLOSSARY = nbformat.read(NOTEBOOKS / "glossary.ipynb", as_version=4)
 WRITTEN = "\n\n".join(cell.source for cell in GLOSSARY.cells)
-# The longest names are written in HTML, with a place at which they may be broken.
+# The longest names are written in HTML, with places where a line may break.
 TEXT = re.sub(r"<code>(\w+)<wbr>(\w+)</code>", r"`\1\2`", WRITTEN)
 COLUMNS = ("term", "what", "ours", "elsewhere", "lesson")
-OURS_ALONE = ("term", "what", "ours", "lesson")  # what the other libraries have not
+OURS_ALONE = ("term", "what", "ours", "lesson")  # columns that the other libraries do not have
 
 
 def terms():
-    """One dictionary a row of the tables of terms."""
+    """One dictionary per row of the tables of terms."""
     rows = [line.strip("|").split(" | ") for line in TEXT.splitlines() if line.startswith('| <a id="')]
     return [
         dict(zip(COLUMNS if len(row) == 5 else OURS_ALONE, (cell.strip() for cell in row), strict=True))
@@ -67,7 +67,7 @@ ARGUMENTS = {
 }
 
 
-def test_holds_prose_only():
+def test_contains_prose_only():
     assert {cell.cell_type for cell in GLOSSARY.cells} == {"markdown"}
     assert len(terms()) >= 45
 
@@ -100,7 +100,7 @@ def test_letters_are_those_of_the_package():
 
 
 def test_sizes_are_those_of_the_published_model():
-    """As in tests/test_budget.py, which holds them to the published number of parameters."""
+    """They agree with tests/model/test_budget.py, which checks them against the published number of parameters."""
     sizes = dict(re.findall(r"^\| \$(\w)\$ \| [^|]+ \| ([\d,]+) \|", TEXT, flags=re.MULTILINE))
     sizes = {letter: size.replace(",", "") for letter, size in sizes.items()}
     budget = (Path(__file__).parents[1] / "model" / "test_budget.py").read_text("utf-8")

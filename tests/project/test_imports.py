@@ -1,10 +1,10 @@
-"""`import moe_edu` brings in what the model needs and nothing else: counted, not timed."""
+"""`import moe_edu` imports what the model needs and nothing else: modules are counted, not timed."""
 
 import subprocess
 import sys
 
 ALLOWED = {"moe_edu", "numpy", "safetensors", "tokenizers"}
-# Two small modules, in which the operators' formulas of FLOPs are registered.
+# Two small modules, which register the operators' FLOP formulas.
 OF_TORCH = {"torch.utils.flop_counter", "torch.utils.module_tracker"}
 
 SCRIPT = """
@@ -23,6 +23,6 @@ def test_import_brings_in_few_modules():
         - ALLOWED
         - set(sys.stdlib_module_names)
     )
-    assert not foreign, "moved behind `import moe_edu`: import them where they are used"
+    assert not foreign, "`import moe_edu` now imports these modules: import them where they are used instead"
     assert "moe_edu.training.loop" not in added
     assert len(added) < 80

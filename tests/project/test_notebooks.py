@@ -1,4 +1,4 @@
-"""Every notebook keeps the form of a lesson and runs with other parameters; nbval compares outputs (Makefile)."""
+"""Every notebook has the form of a lesson and runs with other parameters; nbval compares outputs (Makefile)."""
 
 import re
 import statistics
@@ -73,7 +73,7 @@ class TestForm:
             if not cell.source.startswith("## References"):
                 assert len(cell.source.split()) <= 60, cell.source
 
-    def test_minutes_for_the_exercises_are_theirs(self, path):
+    def test_minutes_for_the_exercises_add_up(self, path):
         head = "\n".join(cell.source for cell in cells(path, "markdown")[:3])
         said = re.search(r"(\d+) for the exercises", head)
         exercises = exercises_of(path.name[:2]) if path.name[:2].isdigit() else ()
@@ -88,7 +88,7 @@ class TestForm:
         assert statistics.median(lengths) <= 8
 
     def test_code_is_narrow(self, path):
-        """A window of 1280 pixels has room for 106 columns; tests/browser measures it."""
+        """A window 1280 pixels wide has room for 106 columns; tests/browser measures this."""
         lines = [line for cell in cells(path, "code") for line in cell.source.splitlines()]
         assert [line for line in lines if len(line) > 106] == []
 
@@ -144,7 +144,7 @@ class TestForm:
         assert all(re.fullmatch(r"[a-z][a-z0-9-]+", cell.id) for cell in read(path).cells)
 
 
-# By day nbval runs the others, and the browser's tests type the answers in.
+# By day, nbval runs the others, and the browser tests type in the answers.
 SOLVED = [
     pytest.param(path, marks=() if path.name.startswith(TRAINING) else pytest.mark.nightly, id=path.stem)
     for path in NOTEBOOKS
@@ -153,7 +153,7 @@ SOLVED = [
 
 @pytest.mark.parametrize("path", SOLVED)
 def test_runs_with_every_exercise_solved(path, monkeypatch):
-    """In strict mode a check raises unless the answer is right. nbval runs the notebooks with none attempted."""
+    """In strict mode, a check raises unless the answer is right. nbval runs the notebooks without answers."""
     monkeypatch.setenv("MOE_EDU_STRICT", "1")
     notebook = solved(read(path), lesson=path.name[:2])
     for cell in notebook.cells:

@@ -1,4 +1,4 @@
-"""The project's own files: one list of dependencies, pins in one place, workflows that run what is promised."""
+"""The project's own files: one list of dependencies, pins in one place, and workflows that test all promises."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ CONDA_NAMES = {"torch": "pytorch-cpu"}
 
 
 def conda_list(path: str) -> list[str]:
-    """The conda packages of an environment file, without blanks."""
+    """The conda packages of an environment file, without spaces."""
     environment = yaml.safe_load((ROOT / path).read_text("utf-8"))
     return [entry.replace(" ", "") for entry in environment["dependencies"] if isinstance(entry, str)]
 
@@ -38,8 +38,8 @@ def test_conda_installs_the_packages_list():
 
 
 @pytest.mark.parametrize("path", ["environment.yml", "binder/environment.yml"])
-def test_pip_takes_what_conda_hands_it(path, tmp_path):
-    """conda writes these lines into a requirements file, which takes fewer options than pip's command line."""
+def test_pip_accepts_the_lines_from_conda(path, tmp_path):
+    """conda writes these lines into a requirements file, which accepts fewer options than pip's command line."""
     environment = yaml.safe_load((ROOT / path).read_text("utf-8"))
     lines = [
         line for entry in environment["dependencies"] if isinstance(entry, dict) for line in entry["pip"]
@@ -62,10 +62,10 @@ def test_pip_takes_what_conda_hands_it(path, tmp_path):
     assert "no such option" not in done.stderr
 
 
-def test_binder_installs_the_same_but_what_it_brings_itself():
+def test_binder_installs_the_same_except_what_it_brings_itself():
     entries = conda_list("binder/environment.yml")
     assert set(entries[2:]) == as_conda(CORE + EXTRAS["lessons"]) | {"pip"}
-    # One exact Python, and the small BLAS: tests/test_binder.py says why.
+    # An exact version of Python, and the small BLAS: tests/project/test_binder.py says why.
     assert re.fullmatch(r"python=3\.1[1-3]", entries[0])
     assert entries[1] == "libblas=*=*openblas"
 
@@ -95,7 +95,7 @@ def test_the_version_is_in_one_place():
 
 
 class TestWorkflows:
-    """What GitHub runs covers what pyproject.toml promises."""
+    """GitHub tests everything that pyproject.toml promises."""
 
     @staticmethod
     def read(name):
@@ -139,7 +139,7 @@ class TestWorkflows:
         build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["cibuildwheel"]["build"]
         assert build.split() == [f"cp{version.replace('.', '')}-*" for version in pythons]
 
-    def test_only_what_publishes_a_release_may_prove_who_it_is(self):
+    def test_only_the_publishing_job_may_prove_its_identity(self):
         workflow = self.read("release.yml")
         assert workflow[True]["push"] == {"tags": ["v*"]}  # YAML reads `on` as true
         assert workflow["permissions"] == {"contents": "read"}
@@ -148,6 +148,6 @@ class TestWorkflows:
         assert workflow["jobs"]["publish"]["if"] == "github.ref_type == 'tag'"
         assert set(workflow["jobs"]["publish"]["needs"]) == {"sdist", "wheels"}
 
-    def test_every_workflow_says_what_it_may_do(self):
+    def test_every_workflow_declares_its_permissions(self):
         for path in (ROOT / ".github" / "workflows").glob("*.yml"):
             assert self.read(path.name)["permissions"]["contents"] == "read"

@@ -1,4 +1,4 @@
-"""Every public name says what it is and what comes back."""
+"""Every public name's docstring says what it is and what it returns."""
 
 import dataclasses
 import inspect
@@ -13,13 +13,13 @@ FUNCTIONS = [item for item in PUBLIC if not inspect.isclass(item)]
 FIELDS = {
     cls: [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else cls._fields
     for cls in CLASSES
-    # The fields of the configuration are Hugging Face's, and described there.
+    # The fields of the configuration are Hugging Face's, which describes them.
     if (dataclasses.is_dataclass(cls) or hasattr(cls, "_fields")) and cls is not moe_edu.MoEConfig
 }
 
 
 def public_methods(cls: type) -> list[str]:
-    """Names of what is written in the class itself, properties and class methods included."""
+    """Names of the methods defined in the class itself, including properties and class methods."""
     return [
         name
         for name, member in vars(cls).items()
@@ -35,7 +35,7 @@ def test_a_function_says_what_it_returns(function):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_class_and_its_methods_say_what_they_are(cls):
     assert "__doc__" in vars(cls)
-    # Python writes a docstring itself for a dataclass, a named tuple and an enumeration without one.
+    # If a dataclass, named tuple or enumeration has no docstring, Python writes one.
     generated = (f"{cls.__name__}(", "An enumeration.")
     assert cls.__doc__
     assert not cls.__doc__.startswith(generated)

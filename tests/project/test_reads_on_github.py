@@ -1,8 +1,8 @@
-"""A saved notebook as GitHub shows it: no script, no style, no drawing inside the page; picture and words remain.
+"""A saved notebook as GitHub shows it: no scripts, styles or inline drawings; pictures and words remain.
 
 Modelled on the list of html-pipeline (`lib/html/pipeline/sanitization_filter.rb`, github.com/gjtorikian/html-pipeline),
-made stricter: nothing here keeps a class, an id or a handler. Notebooks keep `data:` pictures, base64 SVG among them
-(github.com/activeviam/atoti-notebooks, issue 425), and lose what stands in `<style>`, as tables of pandas show.
+but stricter: nothing here keeps a class, an id or a handler. Notebooks keep `data:` pictures, including base64 SVG
+(github.com/activeviam/atoti-notebooks, issue 425), and lose the contents of `<style>`, as pandas tables show.
 """
 
 import base64
@@ -18,7 +18,7 @@ from moe_edu.explorers import NAMES, get
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"
-# Of what a notebook may hold, what GitHub draws, best first.
+# The output types that GitHub draws, best first.
 DRAWN = ("text/html", "image/png", "image/svg+xml", "image/jpeg", "text/markdown", "text/latex")
 
 ELEMENTS = re.compile(
@@ -44,7 +44,7 @@ PICTURE = "data:image/svg+xml;base64,"
 
 
 class Github(HTMLParser):
-    """What is left of HTML: its pictures and its words."""
+    """The parts of HTML that remain: its pictures and its words."""
 
     def __init__(self, html):
         super().__init__()
@@ -93,7 +93,7 @@ def explorers_of(path):
     return found
 
 
-def test_the_model_of_github_takes_away_what_github_does():
+def test_the_model_of_github_removes_what_github_removes():
     github = Github(
         '<style>p { color: red }</style><div class="x" id="y" style="color: red" onclick="f()">a<span> b</span></div>'
         '<script>document.write("c")</script><svg><text>d</text></svg><img src="javascript:f()" alt="e">'
@@ -132,14 +132,14 @@ class TestReadsOnGithub:
                 assert Github(html).words.strip(), cell.id
                 assert "<svg" not in Github(html).kept
 
-    def test_what_github_cannot_draw_is_said_in_a_sentence(self, path):
+    def test_a_sentence_replaces_what_github_cannot_draw(self, path):
         for cell, data in outputs(path):
             if PLOTLY in data and not set(DRAWN) & set(data):
                 assert re.match(r"\w.{30,}\.$", data["text/plain"], re.S), cell.id
 
 
 def check_drawing(svg, explorer):
-    """A drawing that stands alone: well-formed, as high as its stage, with words in it, and nothing from elsewhere."""
+    """The drawing is self-contained: well-formed, as high as its stage, with words, and without external parts."""
     root = ElementTree.fromstring(svg)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert root.get("viewBox") == f"0 0 720 {explorer.height}"

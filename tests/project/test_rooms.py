@@ -29,7 +29,7 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules = {f"{node.module}.{alias.name}" for alias in node.names}
-            # What a package's own file defines is one of its public names.
+            # Names defined in a package's `__init__.py` are its public names.
             found |= modules if modules <= MODULES.keys() else modules | {node.module}
     return {"moe_edu.__init__" if name == "moe_edu" else name for name in found} & MODULES.keys()
 
