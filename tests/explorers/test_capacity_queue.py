@@ -46,7 +46,7 @@ def test_names_the_dropped_words_by_language(state):
         assert f"“{word}”" in shown["sentence"]
 
 
-def test_whoever_stands_last_pays_and_priority_ends_that():
+def test_the_last_in_the_queue_is_dropped_unless_priority_decides():
     def lost(**changes):
         return {code: len(words) for code, words in view(EXPLORER.state(**changes))["dropped"].items()}
 
