@@ -7,7 +7,7 @@ the same weights whose sparse layers run them; `train(..., pieces=pieces)` train
     print(pieces.report())
     mine = assemble(load_pretrained().model, pieces)
 
-Shapes: T tokens, E experts, K = 2 choices a token, D model width, R kept choices.
+Shapes: T tokens, E experts, K = 2 choices per token, D model width, R kept choices.
 Pieces need not handle padding: padding chooses no expert and takes no slot, so pieces that count see real tokens only.
 """
 
