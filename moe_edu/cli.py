@@ -135,11 +135,11 @@ def lab(notebook: str, port: int | None, no_browser: bool) -> None:
     if folder is None:
         folder = Path.cwd() / COPY
         click.echo(
-            f"the lessons are in {folder}, where your changes stay ({copy_lessons(folder)[0]} files copied)"
+            f"the lessons are in {folder}, which keeps your changes ({copy_lessons(folder)[0]} files copied)"
         )
     if not (folder / notebook).is_file():
         names = ", ".join(sorted(path.name for path in folder.glob("*.ipynb")))
-        raise click.ClickException(f"there is no lesson {notebook}; there are {names}")
+        raise click.ClickException(f"there is no lesson {notebook}; the lessons are {names}")
     command = [*lab_command(), f"--notebook-dir={folder}", f"--LabApp.default_url=/lab/tree/{notebook}"]
     command += [f"--port={port}"] if port else []
     command += ["--no-browser"] if no_browser else []

@@ -100,7 +100,7 @@ def _load_library() -> ctypes.CDLL | None:
 
 def _why_not(library: ctypes.CDLL | None) -> str | None:
     if library is None:
-        return "no C compiler was there when moe_edu was installed"
+        return "there was no C compiler when moe_edu was installed"
     if not library.is_supported():
         return "the compiled code needs the processor's AVX2 or AVX-512"
     return None

@@ -40,7 +40,7 @@ class DispatchPlan(NamedTuple):
 def plan_dispatch(routing: RouterOutput) -> DispatchPlan:
     """Sort the kept choices of `routing` by expert, without synchronising with the device."""
     E = routing.num_experts
-    expert = routing.expert_index.where(routing.kept, E).reshape(-1)  # [N], E for "nobody"
+    expert = routing.expert_index.where(routing.kept, E).reshape(-1)  # [N], E for "no expert"
     order = expert.argsort(stable=True)
     row = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     counts = count_per_expert(routing.expert_index.where(routing.kept, -1), E)

@@ -148,13 +148,13 @@ def explain_backend(
         )
     if len(set(choices.values())) > 1:
         listed = "; ".join(f"{name} runs {choice.backend}" for name, choice in choices.items())
-        raise ValueError(f"the layers of this model differ, ask about one of them: {listed}")
+        raise ValueError(f"the layers of this model differ; ask about one of them: {listed}")
     return next(iter(choices.values()))
 
 
 def _explain(experts: Experts, dtype: torch.dtype, rows: int, capacity: int) -> BackendChoice:
     if experts.backend != "auto":
-        return BackendChoice(experts.backend, "it was named when the layer was made")
+        return BackendChoice(experts.backend, "the layer was made with this back end named")
     return explain_choice(experts.w1.device, dtype, experts.w1.shape, rows, capacity)
 
 
@@ -186,7 +186,7 @@ def explain_choice(
     if device.type != "cuda":
         why_not = why_not_compiled(dtype)
         how = "compiled for few rows" if why_not is None else f"PyTorch's: {why_not}"
-        reason = f"on {device.type} products over exactly each expert's rows are fastest ({how})"
+        reason = f"on {device.type}, products over exactly each expert's rows are fastest ({how})"
         return BackendChoice(backend, reason)
     obstacle = grouped_mm_obstacle(device, dtype, shape)
     if obstacle is None:
@@ -218,7 +218,9 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, shape: Sequenc
         return Obstacle("CUDA's grouped product takes torch.bfloat16", dtype)
     for width in widths:
         if width * dtype.itemsize % 16 != 0:
-            return Obstacle("CUDA's grouped product takes rows of whole 16 bytes", width * dtype.itemsize)
+            return Obstacle(
+                "CUDA's grouped product takes rows in multiples of 16 bytes", width * dtype.itemsize
+            )
     if E >= 1024:
         return Obstacle("CUDA's grouped product takes fewer than 1,024 experts", E)
     if sys.platform == "win32":

@@ -64,7 +64,7 @@ class SparseMLP(nn.Module):
     ) -> tuple[Tensor, RouterOutput]:
         """Return the mixed outputs `[B, S, D]` and the routing.
 
-        The output of a token that no expert took is zeros.
+        A token that no expert took has an output of zeros.
 
         Args:
             hidden: `[B, S, D]`.

@@ -107,11 +107,11 @@ def train(
         model = MoETranslator(data.config).to(device)
     measure: CollectMetrics = collect_metrics
     if pieces is not None:
-        # A process cannot send the caller's functions to another.
+        # The caller's functions cannot be sent to worker processes.
         model, measure, processes = pieces.assemble(model), pieces.collect_metrics, 1
     with start_workers(model, settings, processes) as workers:
         trainer = Trainer(model, settings, workers, measure)
-        # All processes share the translating for validation and the test.
+        # All processes translate the validation and test sentences together.
         translator = TextTranslator(
             model,
             data.tokenizer,

@@ -69,4 +69,4 @@ def test_outside_a_clone_it_opens_a_copy(monkeypatch, tmp_path):
 def test_an_unknown_lesson_is_answered_with_the_list_of_lessons():
     done = CliRunner().invoke(cli.main, ["lab", "02"])
     assert done.exit_code == 1
-    assert "there is no lesson 02; there are 00_start_here.ipynb, 01_" in done.output
+    assert "there is no lesson 02; the lessons are 00_start_here.ipynb, 01_" in done.output
