@@ -51,4 +51,4 @@ def test_times_the_way_through_python(tmp_path):
 def test_unknown_names_are_refused():
     done = CliRunner().invoke(cli.main, ["bench", "explorers", "--only", "router_bored"])
     assert done.exit_code == 2
-    assert "router_bored: there are first_steps, " in done.stderr
+    assert "router_bored: choose from first_steps, " in done.stderr
