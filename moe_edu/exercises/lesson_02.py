@@ -292,7 +292,7 @@ def _give_up_the_likely(probs: Tensor, expert_index: Tensor, u: Tensor) -> Tenso
 
 _GIVE_UP = Exercise(
     key="02.5",
-    title="GShard's thrift",
+    title="A second choice worth the trip",
     task="Write `give_up_unlikely`, the policy `random`: keep a token's second choice only if $2 p_2 > u$, where "
     "$p_2$ is its raw probability. Put -1 where it is given up.",
     difficulty="medium",
@@ -301,7 +301,7 @@ _GIVE_UP = Exercise(
     solution=give_up_unlikely,
     draw=_draw_uniform_and_choices,
     mistakes=(
-        Mistake(_give_up_without_factor, "You compare p2 itself with u. GShard is kinder: it compares 2 p2."),
+        Mistake(_give_up_without_factor, "You compare p2 itself with u. The rule is kinder: it compares 2 p2."),
         Mistake(
             _give_up_by_gate,
             "You compare the gate, p2 / (p1 + p2). The raw p2 decides: even a large share of a small probability is "
@@ -387,7 +387,7 @@ _KEPT_BY_CHANCE = Exercise(
     solution=0.46,
     tolerance=0.012,
     mistakes=(
-        Mistake(0.23, "That is p2. GShard keeps the choice if 2 p2 > u."),
+        Mistake(0.23, "That is p2. The rule keeps the choice if 2 p2 > u."),
         Mistake(0.36, "That is the gate, p2 / (p1 + p2). The raw probability decides, doubled."),
         Mistake(0.82, "That is twice p1. The second choice is the runner-up."),
         Mistake(1.0, "A runner-up has at most 0.5, so only a perfect tie would always be kept."),
