@@ -301,7 +301,9 @@ _GIVE_UP = Exercise(
     solution=give_up_unlikely,
     draw=_draw_uniform_and_choices,
     mistakes=(
-        Mistake(_give_up_without_factor, "You compare p2 itself with u. The rule is kinder: it compares 2 p2."),
+        Mistake(
+            _give_up_without_factor, "You compare p2 itself with u. The rule is kinder: it compares 2 p2."
+        ),
         Mistake(
             _give_up_by_gate,
             "You compare the gate, p2 / (p1 + p2). The raw p2 decides: even a large share of a small probability is "
