@@ -26,8 +26,8 @@ class Cluster:
     D and F from the released `config.json`.
 
     Raises:
-        ValueError: a number is not positive, neither of `devices` and `experts` divides the other, or groups and nodes
-            overlap in part.
+        ValueError: a number is not positive, neither of `devices` and `experts` divides the other, or neither the
+            group size nor the node size does.
     """
 
     experts: int = 128
@@ -52,7 +52,7 @@ class Cluster:
             )
         if self.group_size % self.devices_per_node and self.devices_per_node % self.group_size:
             raise ValueError(
-                f"groups of {self.group_size} devices and nodes of {self.devices_per_node} overlap in part: "
+                f"groups of {self.group_size} devices and nodes of {self.devices_per_node} do not fit together: "
                 "let one number divide the other"
             )
 
@@ -67,7 +67,7 @@ class Cluster:
 
     @property
     def group_size(self) -> int:
-        """Devices that exchange tokens: they hold every expert once. Each other group holds copies of all experts."""
+        """How many devices exchange tokens: together they hold each expert once, and so does every other group."""
         return self.devices // self.replicas
 
     @property

@@ -83,7 +83,7 @@ class LayerResult:
 
     @property
     def roofline_ms(self) -> float:
-        """No layer that multiplies these rows by these weights is expected to be faster."""
+        """The expected lower bound on the time of any layer that multiplies these rows by these weights."""
         return max(self.dense.median_ms, self.memory_limit_ms)
 
     @property
@@ -174,7 +174,7 @@ def measure_peak(case: Case, make: Factory, threads: int) -> float:
     """Peak extra memory of one call of a contender on the CPU, in MB; meant for a fresh process."""
     torch.set_num_threads(threads)
     layer, hidden, upstream = make_problem(case)
-    # First a small call of another layer: memory that libraries load and keep does not count, the layer's own does.
+    # A small call of another layer comes first, so that memory that libraries load and keep is not counted.
     other = make(make_problem(case)[0])
     _call(other.module, other.forward, case.mode, hidden[:, :2], upstream[:, :2])()
     del other

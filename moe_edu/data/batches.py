@@ -17,7 +17,7 @@ from moe_edu.data.corpus import Corpus, SentencePair, Table
 from moe_edu.data.languages import require_languages
 from moe_edu.data.tokenizer import UNDETERMINED, Tokenizer
 
-POOL_PAIRS = 2048  # pairs sorted by length together: more save padding, fewer mix the batches better
+POOL_PAIRS = 2048  # pairs sorted by length together: more of them save padding, fewer mix the batches better
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Batch:
         )
 
     def split(self, parts: int) -> list[Batch]:
-        """At most `parts` batches of every `parts`-th pair, each as wide as it needs to be and similar in length."""
+        """At most `parts` batches: the pairs are dealt out in turn, so that lengths stay similar."""
         return [self._every(slice(i, None, parts)) for i in range(min(parts, len(self)))]
 
     def _every(self, pairs: slice) -> Batch:
@@ -159,7 +159,7 @@ class PairBatches:
             batch_tokens: the limit on pairs times tokens of the longest sentence, padding included; a longer pair is a
                 batch of its own.
             und_rate: the share of sources whose language tag is replaced by `und`, so that the model learns to read
-                text whose language it is not told.
+                text without being told its language.
             max_tokens: sentences with more tokens, tag and `</s>` included, are left out.
             seed: for the shuffling, the targets and the `und` tags.
 

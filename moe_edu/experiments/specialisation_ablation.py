@@ -99,7 +99,7 @@ def run_letters(
 
 
 class WordIndex:
-    """Numbers the words of sentences: a run of letters, or a single digit or sign; spaces belong to no word."""
+    """Gives each distinct word an index: each run of letters, and each single digit or sign; spaces do not count."""
 
     def __init__(self, alphabet: Alphabet) -> None:
         self._letters = {
@@ -148,7 +148,7 @@ def sparse_layer(model: LetterModel) -> SparseMLP:
 
 
 def ablate_each(model: LetterModel, sentences: Sequence[Sentence], how: Ablation) -> Tensor:
-    """Accuracy by language, without each expert in turn: `[E, G]`."""
+    """Accuracy by language with each expert removed in turn: `[E, G]`."""
     layer = sparse_layer(model)
     rows = []
     for expert in range(layer.config.num_experts):

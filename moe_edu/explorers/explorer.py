@@ -130,15 +130,15 @@ class Explorer:
     """A picture that the reader moves.
 
     Attributes:
-        name: of its module and of its file in `static/`.
-        title: above the picture.
+        name: the name of its module and of its file in `static/`.
+        title: the heading of the picture.
         purpose: what to move, in one sentence.
-        fields: of the state, in the order of the controls; grids are moved on the stage.
+        fields: the state's fields, in the order of the controls; grids are moved on the stage.
         challenges: goals for the reader, one sentence each.
-        view: pure; maps a state to every number that is shown, `sentence` (what the picture shows now) and `met` (for
-            each challenge, whether this state meets it).
+        view: a pure function that maps a state to every number that is shown, `sentence` (what the picture shows now)
+            and `met` (for each challenge, whether this state meets it).
         solutions: for each challenge, changes to the initial state that meet it.
-        height: of the stage, whose width is 720.
+        height: height of the stage, which is 720 wide.
         data: constants that the page needs to compute the same numbers, JSON.
     """
 
@@ -226,7 +226,7 @@ class ExplorerWidget(anywidget.AnyWidget):
 
 
 def bundle(name: str) -> str:
-    """`kit.js` and `<name>.js` as one script: modules in the repository become plain declarations."""
+    """`kit.js` and `<name>.js` as one script, without their `import` and `export`."""
     return f"{_plain_script('kit')}\n{_plain_script(name)}"
 
 

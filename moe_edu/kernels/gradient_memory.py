@@ -14,12 +14,12 @@ _LARGE_BYTES = 32 * 2**20
 
 
 class GradientPages:
-    """Lends memory for a layer's large gradients, and takes it back when no tensor holds it any more.
+    """Lends memory for a layer's large gradients, and reclaims it once no tensor uses it.
 
     `zero_grad` frees the gradients. C libraries return blocks of 32 MiB and more to the system, so such a gradient
-    needs new pages at every step, each of them a call into the kernel, and on a virtual machine into its host's: this
-    can take longer than the layer's products. Here as many blocks are kept as were ever in use at once. They are freed
-    with the layer; a copy of the layer starts without any.
+    needs new pages at every step; each one enters the system's kernel and, on a virtual machine, its host's as well,
+    which can take longer than the layer's products. This class keeps as many blocks as were ever in use at once. They
+    are freed with the layer; a copy of the layer starts without any.
     """
 
     def __init__(self) -> None:

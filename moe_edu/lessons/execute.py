@@ -1,8 +1,8 @@
 """Run notebooks from top to bottom and save them as they ship: `python -m moe_edu.lessons.execute notebooks/*.ipynb`.
 
 The lesson's exercises are put in first, from `moe_edu/exercises/`. Widget state and widget views are left out of the
-saved notebook: without a kernel they only say "model not found", while their text says what to do. Prints the time and
-the peak memory of each; `--check` only measures, and saves nothing.
+saved notebook: without a kernel they would only say "model not found", whereas their text tells what to do. Prints
+the time and the peak memory of each; `--check` only measures, and saves nothing.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Shapes: B sentences, W beams, R of them running, P tokens that are given, L tokens so far, V vocabulary.
 Both follow `transformers` 4.x (`generation/utils.py`), token for token; tests hold them to it. Three things
-differ, for speed: a finished sentence leaves the batch, the beams of a sentence share its source, and they are one
-until they differ.
+differ, for speed: a finished sentence leaves the batch, the beams of a sentence share its source, and they
+share a row until they differ.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ class _Sources(NamedTuple):
 def _decode(
     decoder: MoEDecoder, sources: _Sources, tokens: Tensor, cache: Cache | None
 ) -> tuple[Tensor, Cache]:
-    """The tokens after those cached `[B * R, L]` to the last one's hidden states `[B * R, D]` and the next cache."""
+    """Decode `tokens [B * R, L]`, which follow those in `cache`: the last hidden states `[B * R, D]`, the new cache."""
     output = decoder(tokens, sources.hidden, sources.mask, cache=cache, use_cache=True)
     assert output.cache is not None
     return output.last_hidden_state[:, -1], output.cache
 
 
 def _are_independent(config: MoEConfig) -> bool:
-    """Whether a sentence may leave the batch: not where the sentences compete for the room of the decoder's experts."""
+    """Whether a sentence may leave the batch; False if sentences compete for slots in the decoder's experts."""
     sparse = any(config.is_sparse(i, config.decoder_sparse_step) for i in range(config.decoder_layers))
     return not sparse or config.moe_eval_capacity_token_fraction >= 1
 
@@ -127,7 +127,7 @@ class _Beams(NamedTuple):
 
     running, done: `[B, R, 1 + max_new_tokens]` and `[B, W, 1 + max_new_tokens]` tokens.
     running_scores: `[B, R]` sums of log-probabilities.
-    done_scores: `[B, W]`, the same over length to the penalty's power.
+    done_scores: `[B, W]`, the sums divided by `length ** length_penalty`.
     done_lengths: `[B, W]` tokens written, `</s>` included.
     is_done: `[B, W]` bool, whether there is a finished hypothesis at that place.
     can_improve: `[B]` bool, whether a running hypothesis may still beat the worst that is finished.
@@ -223,7 +223,7 @@ class _Candidates(NamedTuple):
 def _best_candidates(decoder: MoEDecoder, hidden: Tensor, running_scores: Tensor, count: int) -> _Candidates:
     """From the last hidden states `[B * R, D]` and the scores `[B, R]`; C is `count`, or R * V where that is less."""
     (B, R), V = running_scores.shape, decoder.config.vocab_size
-    # What is not among its own hypothesis' best is not among the sentence's.
+    # A token outside the top `count` of its own hypothesis cannot be in the top `count` of the sentence.
     log_probs, tokens = decoder.most_probable(hidden, min(count, V))
     scores = (log_probs.view(B, R, -1) + running_scores[:, :, None]).flatten(1)
     scores, index = scores.topk(min(count, R * V))
@@ -240,7 +240,7 @@ def _extend(
 ) -> tuple[_Beams, Tensor]:
     """Write token number `length` of every hypothesis.
 
-    `new` are twice as many candidates as beams: even if W of them end here, W are left to continue.
+    `new` holds twice as many candidates as there are beams: even if W of them end here, W are left to continue.
 
     Returns:
         The beams, and which beam of its sentence each running hypothesis continues, `[B, R]`.

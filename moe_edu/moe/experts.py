@@ -307,7 +307,7 @@ def _grouped_mm(rows: Tensor, counts: Tensor, hidden: Callable[[Tensor], Tensor]
     index = torch.arange(rows.shape[0], device=rows.device)[:, None]
     owner = (index < end) & (index >= end - counts)  # [N, E]
     real = owner.any(dim=1, keepdim=True)
-    # Biases are a product, too: the gradient of `b1[expert]` would add thousands of rows to one place, one by one.
+    # Biases are added by a product, too: the gradient of `b1[expert]` would add up thousands of rows one by one.
     owner = owner.to(rows.dtype)
     # The grouped product leaves rows that belong to no expert unwritten, in its output and in the gradient of its
     # input: each `where` replaces them by zeros, in both directions.

@@ -29,8 +29,8 @@ from moe_edu.system.machine import peak_memory_mb
 from moe_edu.training.settings import TrainingSettings
 from moe_edu.training.shards import ScaledShard, Shard, ShardResult, add_gradients, bind_parameters
 
-# Until glibc has freed larger blocks, it returns freed memory to the system, so that every step would need new pages.
-# A worker starts in that state.
+# Until a process has freed a larger block, glibc returns freed memory to the system: without these settings a new
+# worker would need new pages at every step.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 
 
@@ -156,7 +156,7 @@ def deal(lengths: Tensor, parts: int) -> list[Tensor]:
 
 
 def _trim(input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) -> Sentences:
-    """The sentences without the columns after the last real token of all."""
+    """The sentences, cut after the last column in which any of them has a real token."""
     width = 1 + int(attention_mask.any(dim=0).nonzero().max())
     return Sentences(input_ids[:, :width], attention_mask[:, :width], options)
 
@@ -214,7 +214,7 @@ def _ended(process: subprocess.Popen[bytes]) -> RuntimeError:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as arrays, without their graph: pickling them as tensors takes longer than some layers."""
+    """Pickles tensors as arrays, without their graph: pickling them as tensors takes longer than computing a layer."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -80,7 +80,7 @@ def test_every_row_of_real_routing_arrives():
     ("fields", "message"),
     [
         ({"experts": 6, "devices": 4}, "6 experts cannot be divided evenly among 4 devices"),
-        ({"experts": 12, "devices": 12}, "groups of 12 devices and nodes of 8 overlap in part"),
+        ({"experts": 12, "devices": 12}, "groups of 12 devices and nodes of 8 do not fit together"),
         ({"devices": 0}, "devices must be positive"),
         ({"capacity_factor": 0.0}, "capacity_factor must be positive"),
     ],

@@ -92,7 +92,7 @@ class TestReadme:
     def test_counts_the_exercises(self):
         real_bugs = sum(bool(exercise.origin) for exercise in all_exercises())
         assert f"**Exercises**, {len(all_exercises())} of them" in joined("README.md")
-        assert f"{real_bugs} are real bugs of published code" in joined("README.md")
+        assert f"{real_bugs} are real bugs from published code" in joined("README.md")
 
     def test_names_every_lesson(self):
         for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
