@@ -188,7 +188,7 @@ _GATES = Exercise(
 
 
 def sample_second(logits: Tensor, u: Tensor) -> Tensor:
-    """logits [T, E], u [T, E] uniform in (0, 1) -> [T] int64: a second expert, sampled with Gumbel noise."""
+    """logits [T, E], u [T, E] uniform in (0, 1) -> [T] int64: a second expert, by Gumbel noise."""
     first = logits.argmax(dim=1, keepdim=True)
     noisy = logits - torch.log(-torch.log(u))
     return noisy.scatter(1, first, -torch.inf).argmax(dim=1)

@@ -12,7 +12,7 @@ from moe_edu.exercises.exercise import Exercise, Mistake
 
 
 def training_capacity(num_tokens: int, num_experts: int, factor: float) -> int:
-    """Slots in each expert: the even share, rounded up, times 2 choices and the factor, rounded up again."""
+    """Slots in each expert: the even share, rounded up, times 2 and the factor, rounded up again."""
     return math.ceil(factor * 2 * math.ceil(num_tokens / num_experts))
 
 

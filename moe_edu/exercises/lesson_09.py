@@ -15,7 +15,7 @@ def _integer(generator: torch.Generator, low: int, high: int) -> int:
 
 
 def active_parameters(total: int, of_one_expert: int, experts: int, layers: int) -> int:
-    """Parameters on one token's path in a top-2 model of `total` parameters with `layers` sparse layers."""
+    """Parameters on a token's path in a top-2 model of `total` parameters and `layers` sparse layers."""
     return total - layers * (experts - 2) * of_one_expert
 
 
@@ -149,7 +149,7 @@ _MARGIN = Exercise(
 
 
 def slots_sent(tokens: int, experts: int, devices: int, factor: float) -> int:
-    """`tokens` per device; each device holds `experts // devices` experts. Returns the slots that a device sends."""
+    """`tokens` per device, `experts // devices` experts on each -> the slots that a device sends."""
     capacity = math.ceil(factor * 2 * math.ceil(tokens / experts))
     return (experts - experts // devices) * capacity
 

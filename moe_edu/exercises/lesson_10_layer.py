@@ -215,14 +215,14 @@ _SWITCH_LAYER = Exercise(
 
 
 def find_room(probs: Tensor, capacity: int) -> Tensor:
-    """probs [T, E] -> [T] bool: whether a word finds room at its best expert; first come, first served."""
+    """probs [T, E] -> [T] bool: whether a word finds room at its best expert, in order."""
     chosen = F.one_hot(probs.argmax(dim=1), probs.shape[1])
     place = chosen.cumsum(dim=0)
     return (chosen * (place <= capacity)).sum(dim=1).bool()
 
 
 def _published_find_room(probs: Tensor, capacity: int) -> Tensor:
-    """probs [T, E] -> [T] bool: whether a word finds room at its best expert; first come, first served."""
+    """probs [T, E] -> [T] bool: whether a word finds room at its best expert, in order."""
     _, expert = probs.max(dim=1, keepdim=True)
     chosen = F.one_hot(expert, probs.shape[1])
     place = chosen.cumsum(dim=-2)
@@ -326,7 +326,7 @@ _EXPERTS_TO_RUN = Exercise(
 
 
 def sparse_layer(hidden: Tensor, experts: Tensor, top_1_mask: Tensor, gates: Tensor) -> Tensor:
-    """hidden [T, D], experts [E, D, D], top_1_mask [T, E] one-hot, gates [T, E] (two per row) -> [T, D]."""
+    """hidden [T, D], experts [E, D, D], top_1_mask [T, E], gates [T, E] (two per row) -> [T, D]."""
     output = torch.zeros_like(hidden)
     for e in range(len(experts)):
         t = gates[:, e].nonzero().squeeze(1)
@@ -335,7 +335,7 @@ def sparse_layer(hidden: Tensor, experts: Tensor, top_1_mask: Tensor, gates: Ten
 
 
 def _published_sparse_layer(hidden: Tensor, experts: Tensor, top_1_mask: Tensor, gates: Tensor) -> Tensor:
-    """hidden [T, D], experts [E, D, D], top_1_mask [T, E] one-hot, gates [T, E] (two per row) -> [T, D]."""
+    """hidden [T, D], experts [E, D, D], top_1_mask [T, E], gates [T, E] (two per row) -> [T, D]."""
     output = torch.zeros_like(hidden)
     chosen = F.one_hot(top_1_mask, len(experts)).permute(2, 1, 0)
     for e in range(len(experts)):

@@ -252,13 +252,13 @@ _SAMPLED_SECOND = Exercise(
 
 
 def gates(logits: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
-    """logits [T, E], chosen [T, 2], kept [T, 2] -> gates [T, 2] that sum to 1, or to 0 if none is kept."""
+    """logits [T, E], chosen [T, 2], kept [T, 2] -> gates [T, 2]: sum 1, or 0 if none is kept."""
     scores = logits.gather(1, chosen).masked_fill(~kept, torch.finfo(logits.dtype).min)
     return scores.softmax(dim=1) * kept
 
 
 def _published_gates(logits: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
-    """logits [T, E], chosen [T, 2], kept [T, 2] -> gates [T, 2] that sum to 1, or to 0 if none is kept."""
+    """logits [T, E], chosen [T, 2], kept [T, 2] -> gates [T, 2]: sum 1, or 0 if none is kept."""
     p = logits.softmax(dim=1).gather(1, chosen) * kept
     return p / p.sum(dim=1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
 
