@@ -39,6 +39,7 @@ def execute(notebook: NotebookNode, folder: Path) -> Cost:
         timeout=None,
         store_widget_state=False,
         record_timing=False,
+        coalesce_streams=True,  # however the kernel cut its output
         resources={"metadata": {"path": str(folder)}},
     )
     with client.setup_kernel():
