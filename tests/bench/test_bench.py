@@ -433,7 +433,9 @@ class TestCommand:
         monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
         result = CliRunner().invoke(bench, ["explorers", "--only", "budget", "--no-python"])
         assert result.exit_code == 1
-        assert result.output.splitlines()[-1].startswith("Error: Playwright, which controls the browser, is missing")
+        assert result.output.splitlines()[-1].startswith(
+            "Error: Playwright, which controls the browser, is missing"
+        )
 
     def test_gpu_refuses_in_one_line_without_one(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
