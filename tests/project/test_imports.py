@@ -3,7 +3,8 @@
 import subprocess
 import sys
 
-ALLOWED = {"moe_edu", "numpy", "safetensors", "tokenizers"}
+# PyTorch's builds for CUDA import triton, which comes with them, together with the modules below.
+ALLOWED = {"moe_edu", "numpy", "safetensors", "tokenizers", "triton"}
 # Two small modules, which register the operators' FLOP formulas.
 OF_TORCH = {"torch.utils.flop_counter", "torch.utils.module_tracker"}
 
